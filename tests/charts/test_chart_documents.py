@@ -60,14 +60,20 @@ def ray_environment(environment: str = "dev") -> dict[str, str | None]:
     return {one["name"]: one.get("value") for one in head_of(environment, "as-is")["containers"][0]["env"]}
 
 
-@pytest.mark.parametrize("component", ["as-is", "stream", "kserve", "redis-external"])
+@pytest.mark.parametrize("component", ["not-live", "live", "kserve", "redis-external"])
 @pytest.mark.parametrize("environment", ["dev", "production-cpu", "air-gapped"])
 def test_operator_composes_a_serve_config_from_the_options(environment: str, component: str) -> None:
     applications = {one["name"]: one for one in serve_config(environment, component)["applications"]}
     assert set(applications) == {RELEASE, "outcomes", "router"}
     assert ReleaseArgs(**applications[RELEASE]["args"]).release == RELEASE
-    assert RouterArgs(**applications["router"]["args"]).outcomes == "outcomes"
-    OutcomesArgs(**applications["outcomes"]["args"])
+    events = serving_options(environment, component).releases.events
+    assert (events is None) is (component == "not-live" or environment != "production-cpu" and component != "live")
+    routed = RouterArgs(**applications["router"]["args"])
+    assert (routed.events, routed.log_keeper) == (events, None if events else "outcomes")
+    summed = OutcomesArgs(**applications["outcomes"]["args"])
+    assert summed.events == (events or "/var/lib/reelway/state/events")
+    assert applications[RELEASE]["args"]["events"] == events
+    assert (applications[RELEASE]["args"]["overlay"] is None) is (events is None)
     (router,) = applications["router"]["deployments"]
     assert Routing.model_validate(router["user_config"]) == Routing.single_release(RELEASE)
 

@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 from fastapi.testclient import TestClient
 
-from reelway.platform.contracts.api import RecommendRequest, RecommendResponse
+from reelway.platform.contracts.api import OutcomesRequest, OutcomesResponse, RecommendRequest, RecommendResponse
 from reelway.platform.contracts.events import Arm
 from reelway.platform.rollout.traffic.routing import Routing
 from reelway.serving.http_api import CurrentReleases, PendingResponse, ServedRelease, build_http_api
@@ -62,6 +62,12 @@ class OneVideoService:
 
     def shed_before_read(self) -> None:
         """Never rejects a request."""
+
+    async def report_outcomes(self, request: OutcomesRequest) -> OutcomesResponse:
+        return OutcomesResponse(accepted=len(request.outcomes))
+
+    def close(self) -> None:
+        """Has nothing to write."""
 
 
 @pytest.fixture

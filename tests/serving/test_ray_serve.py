@@ -277,12 +277,13 @@ def test_rollout_counts_exposures_outcomes_and_mirroring(
     assert token.rollout == "r2"
     assert token.weight == pytest.approx({Arm.CANARY: 5 / 9, Arm.STABLE: 4 / 9, Arm.HOLDOUT: 1.0}[token.arm])
     assert token.duration_ms > 0
+    assert token.creator_id == answers[0]["videos"][0]["creator_id"]
     outcomes = [
         {"token": video["token"], "type": "watch", "value": 5000} for answer in answers for video in answer["videos"]
     ]
     report = service.client.post("/v1/outcomes", json={"outcomes": outcomes})
     assert report.status_code == 200, report.text
-    assert report.json()["counted"] == 90
+    assert report.json() == {"accepted": 90, "refused": []}
 
     def total(name: str, **labels: str) -> float:
         return service.metric(name, path="/v1/outcomes/metrics", rollout="r2", slice="overall", **labels)
@@ -299,6 +300,7 @@ def test_rollout_counts_exposures_outcomes_and_mirroring(
         )
         assert total(metric_names.EXPOSURE, statistic="viewers", arm=arm) == shown[arm]
     watched = {"metric": "watch_s_per_impression", "statistic": "sum_y", "arm": "canary"}
+    wait_for(lambda: total(metric_names.STATISTIC, **watched) > 0, "the outcomes are not counted", 20)
     assert total(metric_names.STATISTIC, **watched) == pytest.approx(5 * 3 * shown["canary"] * 5 / 9, rel=1e-5)
     label = other[:12]
     wait_for(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -15,11 +16,13 @@ from tests.support.release_files import make_release_folder
 
 from reelway.platform.contracts.api import RecommendRequest, RecommendResponse
 from reelway.platform.contracts.events import Arm
+from reelway.platform.eventlog.exposure_events import decode_exposures
+from reelway.platform.eventlog.sqlite_log import SqliteLog
 from reelway.platform.rollout import metric_names
 from reelway.platform.rollout.traffic.bucketing import BUCKETS
 from reelway.platform.rollout.traffic.routing import ArmRoute, Routing, ShadowRoute
 from reelway.platform.tokens import TokenSigner
-from reelway.serving.outcomes import ExposureBuffer
+from reelway.serving.outcomes import ExposureWriter
 from reelway.serving.release_loader import ReleaseLoader
 from reelway.serving.release_pool import OpenRelease
 from reelway.serving.request_path import LocalStages
@@ -49,7 +52,8 @@ class ShadowFixture:
         self._store_folder = store_folder
         self.stable, self.mirrored = ids
         self.registry = CollectorRegistry()
-        self.exposures = ExposureBuffer()
+        self.log = SqliteLog(Path(tempfile.mkdtemp(dir=store_folder)) / "exposures.db")
+        self.exposures = ExposureWriter(lambda: self.log, lambda _: None)
         self.shadow_stages: SlowStages | None = None
         signer = TokenSigner(b"a secret of the tests, long enough")
         self.router = Router(
@@ -140,10 +144,10 @@ def test_mirrored_request_leaves_no_impression(world: ShadowFixture) -> None:
     assert world.counted(metric_names.REQUESTS, release=label, arm="shadow", outcome="ok") == 1
     assert world.counted(metric_names.LATENCY + "_count", release=label, arm="shadow") == 1
     assert world.counted("reelway_ingress_videos_total", release=label) == 0
-    batch = world.exposures.next_batch()
-    assert batch is not None
-    assert {arm.release for arm in batch.arms} == {world.stable}
-    assert batch.count.sum() == 5
+    world.exposures.close()
+    (record,) = SqliteLog(Path(world.log.name)).read({}, limit=10).records
+    exposures = decode_exposures(record.payload)
+    assert (exposures.num_rows, set(exposures["release"].to_pylist())) == (5, {world.stable})
 
 
 def test_hanging_mirrored_release_delays_no_response(world: ShadowFixture) -> None:

@@ -16,7 +16,7 @@ from reelway.platform.rollout.policy import Slice
 from reelway.platform.rollout.traffic.routing import ArmRoute, Routing
 from reelway.platform.tokens import SLICE_BITS, ImpressionToken, TokenSigner
 from reelway.serving.metrics import IngressMetrics
-from reelway.serving.outcomes import ArmKey, ExposureBuffer
+from reelway.serving.outcomes.exposures import exposure_rows
 from reelway.serving.release_loader import ReleaseLoader
 from reelway.serving.request_path import Recommendation, RequestPath, run_without_waiting
 from reelway.serving.router import rollout_arm
@@ -68,7 +68,9 @@ def test_token_carries_the_impression_context(loader: ReleaseLoader, table: Vide
     assert {(one.rollout, one.arm, one.weight, one.issued_at_s) for one in shown} == {
         ("r1", Arm.CANARY, 0.75, NOW_S + 5)
     }
-    assert [one.slices for one in shown] == answer.slices
+    assert [one.slices for one in shown] == answer.exposure.slices.tolist()
+    assert [one.creator_id for one in shown] == table.creator_id[answer.slate.rows].tolist()
+    assert [one.topic for one in shown] == table.topic[answer.slate.rows].tolist()
     seconds = table.gather(answer.slate.rows, NOW_S).video_dense[:, 0]
     assert [one.duration_ms for one in shown] == (seconds * 1000).astype(int).tolist()
 
@@ -94,22 +96,23 @@ def test_slices_follow_upload_age_and_follower_count(loader: ReleaseLoader, hour
     live[0, FOLLOWERS] = followers
     table.overlay(row, live)
     now_s = float(table.uploaded_at_s[3]) + hours * 3600
-    (mask,) = slices_of(row, showing(CANARY, now_s), table)
+    (mask,) = slices_of(row, showing(CANARY, now_s), table).tolist()
     assert bool(mask & SLICE_BITS[Slice.NEW_VIDEOS]) == (now_s - table.uploaded_at_s[3] < NEW_VIDEO_S)
     assert bool(mask & SLICE_BITS[Slice.SMALL_CREATORS]) == (not followers >= SMALL_CREATOR_FOLLOWERS)
     assert not mask & SLICE_BITS[Slice.NEW_VIEWERS]
 
 
-def test_counted_exposures_match_the_tokens(loader: ReleaseLoader) -> None:
-    buffer = ExposureBuffer()
-    answer = answered(loader, CANARY, {})
-    buffer.add(ArmKey("r1", Arm.CANARY, answer.response.release), 7, CANARY.overlap_weight, answer.slices)
-    batch = buffer.next_batch()
-    assert batch is not None
-    by_mask = dict(zip(batch.slices.tolist(), batch.count.tolist(), strict=True))
-    masks = [one.slices for one in tokens(answer)]
-    assert by_mask == {mask: masks.count(mask) for mask in masks}
-    assert set(batch.weight.tolist()) == {one.weight for one in tokens(answer)}
+@pytest.mark.parametrize("recorded_arm", [CANARY, NO_ROLLOUT])
+def test_logged_exposure_matches_the_tokens(loader: ReleaseLoader, recorded_arm: RolloutArm) -> None:
+    """Rollout evidence is the same whether it is computed from the tokens or from the log."""
+    answer = answered(loader, recorded_arm, {})
+    rows = exposure_rows([answer.exposure]).to_pylist()
+    for row, token in zip(rows, tokens(answer), strict=True):
+        expected = token._asdict()
+        expected.pop("issued_at_s")
+        assert {name: row[name] for name in expected} == pytest.approx(expected)
+        assert (row["shown_at"].timestamp(), row["request_time"].timestamp()) == (NOW_S + 5, NOW_S)
+    assert [row["score"] for row in rows] == [video.score for video in answer.response.videos]
 
 
 @pytest.mark.parametrize(

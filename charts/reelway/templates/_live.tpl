@@ -18,7 +18,7 @@
 {{/* Credentials of Kafka, as `reelway` reads them. */}}
 {{- define "reelway.kafkaEnv" -}}
 {{- if include "reelway.live" . }}
-{{- with .Values.eventLog.settingsSecret }}
+{{- with .Values.eventLog.kafkaSettingsSecret }}
 - name: REELWAY_KAFKA_SETTINGS
   valueFrom: {secretKeyRef: {name: {{ . }}, key: settings}}
 {{- end }}

@@ -1,14 +1,17 @@
-"""The outcome collector: shared transactions, futures, shutdown, metrics and throughput."""
+"""The outcome collector: sums from the log, however often and by whom it is read; metrics and throughput."""
 
 from __future__ import annotations
 
-import threading
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 from tests.support.serving.ingest_load import measure_ingest
 from tests.support.serving.raw_events import (
@@ -17,150 +20,270 @@ from tests.support.serving.raw_events import (
     RawOutcome,
     ShownImpression,
     assert_same,
-    columns_of,
-    exposures_of,
+    exposure_record,
+    outcome_record,
     recomputed,
+    reported_columns,
+    slate_of,
 )
 
-from reelway.platform.contracts.events import Arm, OutcomeType
-from reelway.platform.errors import ServingError, StorageError
+from reelway.platform.contracts.events import OUTCOME_HORIZON_S, Arm, OutcomeType
+from reelway.platform.errors import StorageError
+from reelway.platform.eventlog import EventLog, LogRecord
+from reelway.platform.eventlog.sqlite_log import SqliteLog
+from reelway.platform.eventlog.topics import Topic, open_topic
 from reelway.platform.rollout import metric_names
-from reelway.platform.rollout.policy import Slice
 from reelway.platform.telemetry import ALLOWED_LABELS
-from reelway.serving.outcomes import OutcomeCollector
+from reelway.serving.outcomes import EventLogWriter, ExposureWriter, OutcomeCollector
 
 SHOWN = [ShownImpression(i, i % 5, Arm.CANARY if i % 2 else Arm.STABLE, 0.5, i % 8) for i in range(40)]
 DONE = [RawOutcome(one, OutcomeType.WATCH, 20_000.0) for one in SHOWN]
 
 
+class Followed:
+    """An event log in a folder, with settable time, and the collectors that follow it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.now = NOW
+
+    def open(self, topic: Topic) -> EventLog:
+        return SqliteLog(self.folder / f"{topic}.db", clock=lambda: self.now)
+
+    def append(self, topic: Topic, *records: LogRecord) -> None:
+        log = self.open(topic)
+        log.append(records)
+        log.close()
+
+    def expose(self, shown: Sequence[ShownImpression]) -> None:
+        self.append(Topic.EXPOSURES, exposure_record(shown, self.now))
+
+    def report(self, done: Sequence[RawOutcome]) -> None:
+        self.append(Topic.OUTCOMES, outcome_record(done, self.now))
+
+    def collector(self, name: str = "sums.db") -> OutcomeCollector:
+        return OutcomeCollector(self.folder / name, self.open, clock=lambda: self.now)
+
+
 @pytest.fixture
-def collector(tmp_path: Path) -> Iterator[OutcomeCollector]:
-    collector = OutcomeCollector(tmp_path / "outcomes.db", clock=lambda: NOW)
+def followed(tmp_path: Path) -> Followed:
+    return Followed(tmp_path)
+
+
+@pytest.fixture
+def collector(followed: Followed) -> Iterator[OutcomeCollector]:
+    collector = followed.collector()
     yield collector
     collector.close()
 
 
-def test_concurrent_requests_are_counted_once_each(collector: OutcomeCollector) -> None:
-    answers: list[dict[str, int]] = []
+def catch_up(collector: OutcomeCollector) -> None:
+    """Reads both topics to their ends."""
+    idle = 0
+    while idle < 3:
+        idle = 0 if collector.advance() else idle + 1
 
-    def report(outcome: RawOutcome) -> None:
-        answers.append(collector.record_outcomes(columns_of([outcome, outcome])).result(10))
 
-    collector.record_exposures(exposures_of(SHOWN, 1)).result(10)
-    threads = [threading.Thread(target=report, args=(one,)) for one in DONE]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert answers == [{"counted": 1, "duplicate": 1, "late": 0, "retired": 0, "outside": 0}] * len(DONE)
+def received(collector: OutcomeCollector) -> dict[str, int]:
+    """The number of outcomes by status."""
+    counts: dict[str, int] = {}
+    for family in text_string_to_metric_families(collector.metrics_text().decode()):
+        for sample in family.samples:
+            if sample.name == metric_names.RECEIVED:
+                status = sample.labels["outcome"]
+                counts[status] = counts.get(status, 0) + int(sample.value)
+    return counts
+
+
+def test_sums_are_those_of_all_events(followed: Followed, collector: OutcomeCollector) -> None:
+    followed.expose(SHOWN)
+    followed.report([*DONE, *DONE[:3]])
+    catch_up(collector)
     assert_same(collector.statistics("r-1"), recomputed(SHOWN, DONE))
+    assert received(collector) == {"counted": 40, "duplicate": 3}
+    assert collector.statistics("r-2") == {}
 
 
-def test_requests_during_a_commit_share_the_next_transaction(
-    collector: OutcomeCollector, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    applied: list[int] = []
-    apply = collector._ledger.apply
+def test_replay_gives_the_same_sums_and_statuses(followed: Followed, collector: OutcomeCollector) -> None:
+    """Outcomes are late by the log's time, so a reader that comes two days later counts the same."""
+    followed.expose(SHOWN)
+    followed.report([*DONE[:10], RawOutcome(replace(SHOWN[0], rollout=""), OutcomeType.SKIP)])
+    followed.now += OUTCOME_HORIZON_S + 1
+    followed.report(DONE[5:15])
+    catch_up(collector)
+    followed.now += 2 * OUTCOME_HORIZON_S
+    replayed = followed.collector("another.db")
+    catch_up(replayed)
+    assert received(replayed) == received(collector) == {"counted": 10, "outside": 1, "late": 10}
+    assert_same(replayed.statistics("r-1"), collector.statistics("r-1"))
+    assert_same(replayed.statistics("r-1"), recomputed(SHOWN, DONE[:10]))
+    replayed.close()
 
-    def counting_apply(batches: Any, outcomes: Any, retire: str) -> Any:
-        applied.append(len(outcomes))
-        return apply(batches, outcomes, retire)
 
-    monkeypatch.setattr(collector._ledger, "apply", counting_apply)
-    for future in [collector.record_outcomes(columns_of([one])) for one in DONE]:
-        future.result(10)
-    assert sum(applied) == len(DONE)
-    assert len(applied) < len(DONE) / 4
+class Crash(BaseException):
+    """The end of the process at some instruction."""
 
 
-def test_commit_interval_collects_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    collector = OutcomeCollector(tmp_path / "paced.db", clock=lambda: NOW, commit_every_s=1.0)
-    groups: list[int] = []
-    apply = collector._ledger.apply
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("expose"), st.integers(0, 39), st.integers(1, 20)),
+        st.tuples(st.just("report"), st.integers(0, 39), st.integers(1, 20)),
+        st.tuples(st.just("read"), st.integers(1, 3), st.just(0)),
+        st.tuples(st.just("crash"), st.sampled_from(["write_sums", "write_position", "add_slates"]), st.just(0)),
+        st.tuples(st.just("lose the file"), st.just(0), st.just(0)),
+    ),
+    min_size=4,
+    max_size=14,
+)
 
-    def counting_apply(batches: Any, outcomes: Any, retire: str) -> Any:
-        groups.append(len(outcomes))
-        return apply(batches, outcomes, retire)
 
-    monkeypatch.setattr(collector._ledger, "apply", counting_apply)
-    collector.record_outcomes(columns_of(DONE[:1])).result(10)
-    futures = []
-    for one in DONE[1:5]:
-        time.sleep(0.02)  # so far apart that only the commit interval can combine them
-        futures.append(collector.record_outcomes(columns_of([one])))
-    for future in futures:
-        future.result(10)
+@settings(max_examples=40, deadline=None)
+@given(steps=STEPS)
+def test_each_event_is_counted_once(steps: list[tuple[str, int | str, int]]) -> None:
+    """Records are duplicated in the log; the collector crashes within transactions and loses its file."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        followed = Followed(Path(folder))
+        shown: list[ShownImpression] = []
+        done: list[RawOutcome] = []
+        collector = followed.collector()
+        for action, what, size in steps:
+            if action == "expose":
+                part = SHOWN[int(what) : int(what) + size]
+                shown += [one for one in part if one not in shown]
+                followed.expose(part)
+            elif action == "report":
+                part_done = DONE[int(what) : int(what) + size]
+                done += part_done
+                followed.report(part_done)
+            elif action == "read":
+                for _ in range(int(what)):
+                    collector.advance()
+            elif action == "crash":
+                with patch.context() as crashing:
+                    crashing.setattr(collector._store, str(what), _crash)
+                    try:
+                        for _ in range(3):
+                            collector.advance()
+                    except Crash:
+                        pass
+                collector.close()
+                collector = followed.collector()
+            else:
+                collector.close()
+                for file in Path(folder).glob("sums.db*"):
+                    file.unlink()
+                collector = followed.collector()
+        catch_up(collector)
+        assert_same(collector.statistics("r-1"), recomputed(shown, done))
+        collector.close()
+
+
+def _crash(*_: object) -> None:
+    raise Crash
+
+
+def test_counts_catch_up_with_two_routers_after_a_restart(tmp_path: Path) -> None:
+    """Ingestion does not need the collector: both routers append while none runs."""
+    events = tmp_path / "events"
+    open_log = partial(open_topic, str(events))
+    shown = [replace(one, at=time.time()) for one in SHOWN]
+    done = [RawOutcome(one, OutcomeType.WATCH, 20_000.0) for one in shown]
+    first = OutcomeCollector(tmp_path / "outcomes.db", open_log)
+    first.start()
+    first.close()
+    lost: list[object] = []
+    routers = [
+        (
+            ExposureWriter(partial(open_log, Topic.EXPOSURES), lost.append),
+            EventLogWriter(partial(open_log, Topic.OUTCOMES)),
+        )
+        for _ in range(2)
+    ]
+    for number, one in enumerate(shown):
+        routers[number % 2][0].record(slate_of(one))
+    for number, (_, outcomes) in enumerate(routers):
+        for outcome in done[number::2]:
+            outcomes.append(reported_columns([outcome])).result(10)
+        outcomes.append(reported_columns(done[:10])).result(10)  # reported to both
+    for exposures, outcomes in routers:
+        exposures.close()
+        outcomes.close()
+    second = OutcomeCollector(tmp_path / "elsewhere" / "outcomes.db", open_log)
+    second.start()
+    deadline = time.monotonic() + 20
+    while received(second).get("counted", 0) < len(done) or received(second).get("duplicate", 0) < 20:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert_same(second.statistics("r-1"), recomputed(shown, done))
+    second.close()
+    assert not lost
+
+
+def test_unreachable_log_is_opened_again(followed: Followed, tmp_path: Path) -> None:
+    failures = [StorageError("no broker")]
+
+    def open_topic(topic: Topic) -> EventLog:
+        if failures:
+            raise failures.pop()
+        return followed.open(topic)
+
+    followed.expose(SHOWN)
+    collector = OutcomeCollector(tmp_path / "reopened.db", open_topic)
+    with pytest.raises(StorageError, match="no broker"):
+        collector.advance()
+    catch_up(collector)
+    assert_same(collector.statistics("r-1"), recomputed(SHOWN, []))
     collector.close()
-    assert groups == [1, 4]
 
 
-def test_close_counts_accepted_requests(collector: OutcomeCollector) -> None:
-    futures = [collector.record_outcomes(columns_of([one])) for one in DONE]
+def test_replaced_log_is_read_from_its_beginning(followed: Followed) -> None:
+    for one in SHOWN[:5]:
+        followed.expose([one])
+    collector = followed.collector()
+    catch_up(collector)
     collector.close()
-    assert sum(future.result(0)["counted"] for future in futures) == len(DONE)
-    with pytest.raises(ServingError, match="closed"):
-        collector.record_outcomes(columns_of(DONE))
+    for file in followed.folder.glob("exposures.db*"):
+        file.unlink()
+    followed.expose(SHOWN)
+    collector = followed.collector()
+    catch_up(collector)
+    assert_same(collector.statistics("r-1"), recomputed(SHOWN, []))
     collector.close()
 
 
-def test_failed_transaction_fails_all_of_its_futures(
-    collector: OutcomeCollector, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    with monkeypatch.context() as broken:
-        broken.setattr(collector._store, "write_sums", _no_space)
-        futures = [collector.record_outcomes(columns_of([one])) for one in DONE[:3]]
-        for future in futures:
-            with pytest.raises(StorageError, match="no space"):
-                future.result(10)
-    assert collector.record_outcomes(columns_of(DONE)).result(10)["counted"] == len(DONE)
-    assert "outcome collector: a batch of" in caplog.text
+def test_unreadable_record_is_skipped(followed: Followed, collector: OutcomeCollector) -> None:
+    followed.append(Topic.OUTCOMES, outcome_record(DONE)._replace(payload=b"no batch", id="bad"))
+    followed.report(DONE)
+    catch_up(collector)
+    assert received(collector) == {"counted": len(DONE)}
+    assert f'{metric_names.UNREADABLE}{{source="outcomes"}} 1.0' in collector.metrics_text().decode()
 
 
-def _no_space(*_: object) -> None:
-    raise StorageError("no space left on device")
+def test_age_of_the_reading_is_exported(followed: Followed, collector: OutcomeCollector) -> None:
+    assert metric_names.LOG_AGE + "{" not in collector.metrics_text().decode(), "nothing was read yet"
+    catch_up(collector)
+    followed.now += 30
+    text = collector.metrics_text().decode()
+    for topic in ("exposures", "outcomes"):
+        assert f'{metric_names.LOG_AGE}{{source="{topic}"}} 30.0' in text
+    catch_up(collector)
+    assert f'{metric_names.LOG_AGE}{{source="outcomes"}} 0.0' in collector.metrics_text().decode()
 
 
-def test_future_of_a_request_cannot_be_cancelled(collector: OutcomeCollector) -> None:
-    abandoned = collector.record_outcomes(columns_of(DONE[:1]))
-    assert not abandoned.cancel()
-    assert collector.record_outcomes(columns_of(DONE[1:2])).result(10)["counted"] == 1
-
-
-def test_full_queue_rejects_requests_until_it_drains(
-    collector: OutcomeCollector, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(collector._worker, "_max_queued_rows", 30)
-    futures = [collector.record_outcomes(columns_of(DONE))]  # an empty queue accepts any size
-    refusals = []
-    for _ in range(20):
-        try:
-            futures.append(collector.record_outcomes(columns_of(DONE)))
-        except ServingError as error:
-            refusals.append(str(error))
-    assert "outcome collector: 40 rows are queued, at most 30 may be; send the request again" in refusals
-    for future in futures:
-        future.result(10)
-    assert collector.record_outcomes(columns_of(DONE)).result(10)["duplicate"] == len(DONE)
-
-
-def test_metrics_have_the_names_and_labels_of_the_rollout(collector: OutcomeCollector) -> None:
-    collector.record_exposures(exposures_of(SHOWN, 1)).result(10)
-    collector.record_outcomes(columns_of([*DONE, *DONE[:3]])).result(10)
-    collector.record_outcomes(
-        columns_of([RawOutcome(ShownImpression(99, 1, Arm.STABLE, 0, 0, rollout=""), OutcomeType.SKIP)])
-    ).result(10)
-    collector.count_refused(2)
+def test_metrics_have_the_names_and_labels_of_the_rollout(followed: Followed, collector: OutcomeCollector) -> None:
+    followed.expose(SHOWN)
+    followed.report([*DONE, *DONE[:3]])
+    followed.report([RawOutcome(ShownImpression(99, 1, Arm.STABLE, 0, 0, rollout=""), OutcomeType.SKIP)])
+    catch_up(collector)
     samples = {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
         for family in text_string_to_metric_families(collector.metrics_text().decode())
         for sample in family.samples
     }
     assert {name for name, _ in samples} == {
-        metric_names.EXPOSURE,
-        metric_names.STATISTIC,
-        metric_names.RECEIVED,
-        metric_names.REFUSED,
-    }
+        metric_names.EXPOSURE, metric_names.STATISTIC, metric_names.RECEIVED, metric_names.LOG_AGE,
+        metric_names.UNREADABLE, metric_names.LATE_SLATES,
+    }  # fmt: skip
     assert {label for _, labels in samples for label, _ in labels} <= ALLOWED_LABELS
     expected = recomputed(SHOWN, DONE)
     for (arm, part), metrics in expected.items():
@@ -172,55 +295,36 @@ def test_metrics_have_the_names_and_labels_of_the_rollout(collector: OutcomeColl
             for statistic in ("sum_y", "sum_yy", "sum_xy"):
                 key = tuple(sorted({**labels, "metric": metric, "statistic": statistic}.items()))
                 assert samples[metric_names.STATISTIC, key] == pytest.approx(getattr(sums, statistic))
-    received = {
+    counts = {
         (labels["arm"], labels["kind"], labels["outcome"]): value
         for (name, pairs), value in samples.items()
         if name == metric_names.RECEIVED and (labels := dict(pairs))
     }
-    assert received == {
+    assert counts == {
         ("stable", "watch", "counted"): 20, ("canary", "watch", "counted"): 20, ("stable", "watch", "duplicate"): 2,
         ("canary", "watch", "duplicate"): 1, ("stable", "skip", "outside"): 1,
     }  # fmt: skip
-    assert samples[metric_names.REFUSED, ()] == 2
 
 
-def test_counters_survive_a_restart(tmp_path: Path) -> None:
-    path = tmp_path / "outcomes.db"
-    texts = []
-    collector = OutcomeCollector(path, clock=lambda: NOW)
-    collector.record_exposures(exposures_of(SHOWN, 1))
-    collector.record_outcomes(columns_of(DONE))
-    for _ in range(2):
-        collector.close()
-        texts.append(collector.metrics_text())
-        collector = OutcomeCollector(path, clock=lambda: NOW)
+def test_counters_survive_a_restart(followed: Followed) -> None:
+    followed.expose(SHOWN)
+    followed.report(DONE)
+    collector = followed.collector()
+    catch_up(collector)
+    before = collector.metrics_text()
     collector.close()
-    assert texts[0] == texts[1]
-    assert b'slice="overall",statistic="impressions"} 20.0' in texts[1]
+    collector = followed.collector()
+    counters = [line for line in before.splitlines() if b"log_age" not in line]
+    assert [line for line in collector.metrics_text().splitlines() if b"log_age" not in line] == counters
+    assert b'slice="overall",statistic="impressions"} 20.0' in before
+    collector.close()
 
 
-def test_statistics_of_a_retired_rollout_remain_readable(collector: OutcomeCollector) -> None:
-    collector.record_exposures(exposures_of(SHOWN, 1))
-    collector.retire("r-1").result(10)
-    assert collector.record_outcomes(columns_of(DONE)).result(10)["retired"] == len(DONE)
-    assert collector.statistics("r-1")[Arm.CANARY, Slice.OVERALL]["like_rate"].viewers > 0
-    assert collector.statistics("r-2") == {}
-
-
-def test_retirement_keeps_its_order_among_requests(collector: OutcomeCollector) -> None:
-    before = collector.record_outcomes(columns_of(DONE[:10]))
-    collector.retire("r-1")
-    after = collector.record_outcomes(columns_of(DONE[10:]))
-    assert before.result(10)["counted"] == 10
-    assert after.result(10)["retired"] == len(DONE) - 10
-
-
-def test_file_of_another_schema_version_is_rejected(tmp_path: Path, collector: OutcomeCollector) -> None:
-    collector.record_exposures(exposures_of(SHOWN, 1)).result(10)
+def test_file_of_another_schema_version_is_rejected(followed: Followed, collector: OutcomeCollector) -> None:
     collector._store._db.execute("PRAGMA user_version = 9")
     collector.close()
     with pytest.raises(StorageError, match="schema version 9, expected 1"):
-        OutcomeCollector(tmp_path / "outcomes.db")
+        followed.collector()
 
 
 def test_one_core_counts_20000_impressions_per_second(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

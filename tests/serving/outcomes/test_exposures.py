@@ -1,144 +1,213 @@
-"""Forwarding of exposures to a collector that fails, hangs or answers too late."""
+"""Slates in the event log: their rows, repeated appends, and lost slates."""
 
 from __future__ import annotations
 
-import asyncio
-import logging
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from tests.support.serving.raw_events import NOW, RELEASES, ShownImpression, slate_of
 
 from reelway.platform.contracts.events import Arm
-from reelway.platform.errors import ServingError
-from reelway.serving.outcomes import ArmKey, ExposureBatch, ExposureBuffer, forward_exposures
+from reelway.platform.errors import StorageError
+from reelway.platform.eventlog import LogRecord
+from reelway.platform.eventlog.exposure_events import EXPOSURE_EVENT_SCHEMA, decode_exposures
+from reelway.platform.eventlog.sqlite_log import SqliteLog
+from reelway.serving.outcomes import ArmKey, ExposureWriter, SlateExposure
+from reelway.serving.outcomes.exposure_writer import MAX_ROWS_PER_APPEND
+from reelway.serving.outcomes.exposures import exposure_rows
+from reelway.serving.stages.arrays import SOURCES
 
-STABLE = ArmKey("r-1", Arm.STABLE, "ab" * 32)
-CANARY = ArmKey("r-1", Arm.CANARY, "cd" * 32)
+
+def slate(request_id: int, videos: int = 3) -> SlateExposure:
+    """A slate outside of any rollout, whose values all differ."""
+    ids = np.arange(videos) + 100 * request_id
+    return SlateExposure(
+        request_id, request_id + 1, ArmKey("", Arm.STABLE, "ab" * 32), 0.0, NOW, NOW - 5, "tv", "eu", None,
+        impression_id=ids, video_id=ids + 1, slices=np.zeros(videos, np.int8), source=np.arange(videos) % len(SOURCES),
+        score=np.arange(videos, dtype=np.float32), propensity=np.full(videos, 0.5, np.float32),
+        creator_id=ids + 2, topic=np.arange(videos, dtype=np.int32), duration_ms=np.full(videos, 9_000, np.int32),
+    )  # fmt: skip
 
 
-def rows_of(batch: ExposureBatch | None) -> list[tuple[ArmKey, int, float, int, int]]:
-    assert batch is not None
-    return [
-        (batch.arms[arm], *rest)
-        for arm, *rest in zip(
-            batch.arm.tolist(), batch.viewer_id.tolist(), batch.weight.tolist(), batch.slices.tolist(),
-            batch.count.tolist(), strict=True,
+class FailingLog(SqliteLog):
+    """A log that fails the next ``failures`` appends, before or after the records are on disk."""
+
+    failures = 0
+    after_append = False
+
+    def append(self, records: Sequence[LogRecord]) -> list[int]:
+        if self.failures and not self.after_append:
+            self.failures -= 1
+            raise StorageError("no space left on device")
+        offsets = super().append(records)
+        if self.failures:
+            self.failures -= 1
+            raise StorageError("the acknowledgement was lost")
+        return offsets
+
+
+class Writing:
+    """A writer with its log and the slates it lost."""
+
+    def __init__(self, path: Path, *, retry_for_s: float = 10.0, max_queued_rows: int = 1_000) -> None:
+        self.path = path
+        self.log = FailingLog(path)
+        self.lost: list[int] = []
+        self.writer = ExposureWriter(
+            lambda: self.log,
+            lambda slate: self.lost.append(slate.request_id),
+            append_every_s=0.0,
+            retry_for_s=retry_for_s,
+            retry_delay_s=0.01,
+            max_queued_rows=max_queued_rows,
         )
+
+    def logged(self) -> pa.Table:
+        log = SqliteLog(self.path)
+        tables = [decode_exposures(record.payload) for record in log.read({}, limit=1_000).records]
+        log.close()
+        return pa.concat_tables([EXPOSURE_EVENT_SCHEMA.empty_table(), *tables])
+
+    def requests(self) -> list[int]:
+        return list(dict.fromkeys(self.logged()["request_id"].to_pylist()))
+
+
+@pytest.fixture
+def writing(tmp_path: Path) -> Writing:
+    return Writing(tmp_path / "exposures.db")
+
+
+def test_rows_hold_everything_about_a_slate() -> None:
+    canary = slate_of(ShownImpression(11, 4, Arm.CANARY, 0.75, 5))
+    rows = exposure_rows([slate(1), canary, replace(slate(2, videos=1), region=None, language="en")])
+    assert rows.schema == EXPOSURE_EVENT_SCHEMA
+    rows.validate(full=True)
+    assert rows.column("request_id").to_pylist() == [1, 1, 1, 11, 2]
+    assert rows.column("position").to_pylist() == [0, 1, 2, 0, 0]
+    assert rows.column("impression_id").to_pylist() == [100, 101, 102, 11, 200]
+    assert rows.column("source").to_pylist() == [*SOURCES[:3], SOURCES[0], SOURCES[0]]
+    assert rows.column("region").to_pylist() == ["eu", "eu", "eu", None, None]
+    assert rows.column("language").to_pylist() == [None, None, None, None, "en"]
+    first, shown = rows.to_pylist()[1], rows.to_pylist()[3]
+    times = [first[name].timestamp() for name in ("shown_at", "request_time")]
+    assert times == [NOW, NOW - 5]
+    assert (first["video_id"], first["creator_id"], first["topic"], first["score"]) == (102, 103, 1, 1.0)
+    assert (first["rollout"], first["device"], first["duration_ms"]) == ("", "tv", 9_000)
+    assert (shown["rollout"], shown["arm"], shown["release"]) == ("r-1", "canary", RELEASES[Arm.CANARY])
+    assert (shown["weight"], shown["slices"], shown["viewer_id"]) == (0.75, 5, 4)
+
+
+def test_close_appends_the_queued_slates(writing: Writing) -> None:
+    for request in range(50):
+        writing.writer.record(slate(request))
+    writing.writer.record(slate(99, videos=0))
+    writing.writer.close()
+    assert writing.requests() == list(range(50))
+    assert not writing.lost
+
+
+@pytest.mark.parametrize("after_append", [False, True])
+def test_failed_append_is_repeated_with_the_same_ids(writing: Writing, after_append: bool) -> None:
+    writing.log.after_append, writing.log.failures = after_append, 3
+    writing.writer.record(slate(1))
+    deadline = time.monotonic() + 10
+    while writing.log.failures:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    writing.writer.close()
+    assert writing.logged()["impression_id"].to_pylist() == [100, 101, 102], "once, however often it was sent"
+    assert not writing.lost
+
+
+def test_log_that_cannot_be_opened_is_opened_later(tmp_path: Path) -> None:
+    failures = [StorageError("no broker"), StorageError("no broker")]
+
+    def open_log() -> SqliteLog:
+        if failures:
+            raise failures.pop()
+        return SqliteLog(tmp_path / "exposures.db")
+
+    lost: list[SlateExposure] = []
+    writer = ExposureWriter(open_log, lost.append, retry_delay_s=0.01)
+    writer.record(slate(1))
+    deadline = time.monotonic() + 10
+    while failures:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    writer.close()
+    assert not lost
+    assert Writing(tmp_path / "exposures.db").requests() == [1]
+
+
+def test_slates_are_lost_after_the_last_repetition(tmp_path: Path) -> None:
+    writing = Writing(tmp_path / "exposures.db", retry_for_s=0.05)
+    writing.log.failures = 1_000
+    writing.writer.record(slate(1))
+    deadline = time.monotonic() + 10
+    while not writing.lost:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    writing.log.failures = 0
+    writing.writer.record(slate(2))
+    writing.writer.close()
+    assert (writing.lost, writing.requests()) == ([1], [2])
+
+
+def test_full_queue_loses_slates(tmp_path: Path) -> None:
+    resume = threading.Event()
+
+    class WaitingLog(SqliteLog):
+        def append(self, records: Sequence[LogRecord]) -> list[int]:
+            assert resume.wait(10)
+            return super().append(records)
+
+    lost: list[int] = []
+    log = WaitingLog(tmp_path / "exposures.db")
+    writer = ExposureWriter(lambda: log, lambda slate: lost.append(slate.request_id), max_queued_rows=6)
+    for request in range(4):
+        writer.record(slate(request))
+    resume.set()
+    writer.close()
+    assert lost == [2, 3]
+    assert Writing(tmp_path / "exposures.db").requests() == [0, 1]
+
+
+def test_shutdown_counts_what_it_cannot_append(writing: Writing) -> None:
+    writing.log.failures = 1_000_000
+    for request in range(20):
+        writing.writer.record(slate(request))
+    started = time.monotonic()
+    writing.writer.close()
+    assert time.monotonic() - started < 5, "without the repetitions of a running router"
+    assert sorted(writing.lost) == list(range(20))
+    writing.writer.record(slate(20))
+    assert 20 in writing.lost, "a router that has closed its log"
+
+
+def test_largest_append_is_one_record(tmp_path: Path) -> None:
+    """A slate whose rows were in two records would be counted for its first record only."""
+    rng = np.random.default_rng(0)
+    slates = [
+        replace(
+            slate(request, videos=100),
+            viewer_id=int(rng.integers(2**53)), request_id=int(rng.integers(2**53)), shown_at_s=NOW + rng.random(),
+            device=f"{request:064d}", region=f"{request:064d}", language=f"{request:064d}",
+            **{name: rng.integers(0, 2**53, 100) for name in ("impression_id", "video_id", "creator_id")},
+            score=rng.random(100, np.float32), propensity=rng.random(100, np.float32),
+            topic=rng.integers(0, 2**31, 100, np.int32), duration_ms=rng.integers(0, 2**31, 100, np.int32),
+        )
+        for request in range(MAX_ROWS_PER_APPEND // 100)
     ]  # fmt: skip
-
-
-def test_slate_is_one_row_per_mask_of_slices() -> None:
-    buffer = ExposureBuffer()
-    buffer.add(CANARY, 7, 0.75, [0, 2, 2, 6, 0])
-    buffer.add(STABLE, 8, 0.25, [0] * 20)
-    assert rows_of(buffer.next_batch()) == [
-        (CANARY, 7, 0.75, 0, 2), (CANARY, 7, 0.75, 2, 2), (CANARY, 7, 0.75, 6, 1), (STABLE, 8, 0.25, 0, 20),
-    ]  # fmt: skip
-
-
-def test_batch_is_repeated_until_it_is_acknowledged() -> None:
-    buffer = ExposureBuffer()
-    buffer.add(CANARY, 7, 0.75, [0])
-    first = buffer.next_batch()
-    buffer.add(STABLE, 8, 0.25, [0])
-    assert first is not None
-    assert buffer.next_batch() is first
-    buffer.acknowledge(first)
-    second = buffer.next_batch()
-    assert rows_of(second) == [(STABLE, 8, 0.25, 0, 1)]
-    assert second is not None
-    assert (second.origin, second.number) == (first.origin, first.number + 1)
-    buffer.acknowledge(first)  # a repeated answer
-    assert buffer.next_batch() is second
-
-
-def test_arm_is_announced_once() -> None:
-    buffer = ExposureBuffer()
-    buffer.announce([CANARY, STABLE, ArmKey("", Arm.STABLE, "ab" * 32)])
-    batch = buffer.next_batch()
-    assert batch is not None
-    assert (batch.arms, len(batch.arm)) == ((CANARY, STABLE), 0)
-    buffer.acknowledge(batch)
-    buffer.add(ArmKey("", Arm.STABLE, "ab" * 32), 7, 0.0, [0])
-    assert buffer.next_batch() is None
-
-
-def test_full_buffer_counts_dropped_impressions() -> None:
-    buffer = ExposureBuffer(max_rows=2)
-    for viewer in range(4):
-        buffer.add(CANARY, viewer, 0.5, [0, 0, 0])
-    assert (len(rows_of(buffer.next_batch())), buffer.dropped) == (2, 6)
-
-
-def test_every_start_of_a_router_has_its_own_origin() -> None:
-    buffers = ExposureBuffer(), ExposureBuffer()
-    for buffer in buffers:
-        buffer.announce([CANARY])
-    first, second = (buffer.next_batch() for buffer in buffers)
-    assert first is not None
-    assert second is not None
-    assert first.origin != second.origin
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"arm": [5]}, "an arm index outside of the 1"),
-        ({"weight": [1.5]}, r"a weight outside 0\.\.1"),
-        ({"weight": [float("nan")]}, r"a weight outside 0\.\.1"),
-        ({"slices": [8]}, "unknown slices"),
-        ({"count": [-1]}, "negative count"),
-        ({"viewer_id": [1, 2]}, r"columns of \[1, 2\] rows"),
-    ],
-)
-def test_invalid_batch_is_rejected(change: dict[str, list[float]], message: str) -> None:
-    columns = {"arm": [0], "viewer_id": [1], "weight": [0.5], "slices": [0], "count": [1], **change}
-    types = {"arm": np.int32, "viewer_id": np.int64, "weight": np.float32, "slices": np.uint8, "count": np.int32}
-    with pytest.raises(ServingError, match=message):
-        ExposureBatch("router", 1, (CANARY,), **{name: np.array(columns[name], types[name]) for name in types})
-
-
-class UnreliableCollector:
-    """A collector that fails, hangs, or counts a batch and loses its answer."""
-
-    def __init__(self, *behaviours: str) -> None:
-        self._behaviours = list(behaviours)
-        self.counted: dict[int, int] = {}
-        self.calls = 0
-
-    async def send(self, batch: ExposureBatch) -> None:
-        self.calls += 1
-        behaviour = self._behaviours.pop(0) if self._behaviours else "answers"
-        if behaviour == "fails":
-            raise ConnectionError("no collector")
-        if behaviour == "hangs":
-            await asyncio.sleep(60)
-        self.counted.setdefault(batch.number, len(batch.arm))
-        if behaviour == "loses the answer":
-            raise TimeoutError
-
-
-def test_forwarding_repeats_a_batch_until_it_is_acknowledged(caplog: pytest.LogCaptureFixture) -> None:
-    collector = UnreliableCollector("fails", "hangs", "loses the answer", "answers")
-    with caplog.at_level(logging.WARNING):
-        asyncio.run(_forward_two_batches(collector))
-    assert collector.counted == {1: 1, 2: 1}
-    assert [record.message.split(",")[0] for record in caplog.records] == [
-        "exposures not acknowledged",
-        "exposures acknowledged again",
-    ]
-
-
-async def _forward_two_batches(collector: UnreliableCollector) -> None:
-    buffer = ExposureBuffer()
-    buffer.add(CANARY, 1, 0.5, [0])
-    task = asyncio.create_task(forward_exposures(buffer, collector.send, every_s=0.001, ack_timeout_s=0.02))
-    async with asyncio.timeout(5):
-        while collector.calls < 4 or buffer.next_batch() is not None:
-            await asyncio.sleep(0.005)
-        buffer.add(CANARY, 2, 0.5, [0])
-        while len(collector.counted) < 2:
-            await asyncio.sleep(0.005)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
+    writing = Writing(tmp_path / "exposures.db", max_queued_rows=10_000)
+    writing.writer._append(slates)
+    writing.writer.close()
+    log = SqliteLog(tmp_path / "exposures.db")
+    (record,) = log.read({}, limit=10).records
+    log.close()
+    assert len(record.payload) < log.max_record_bytes / 2

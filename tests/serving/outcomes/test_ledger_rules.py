@@ -1,4 +1,4 @@
-"""The status of outcomes: counted, duplicate, late, retired, outside; and repeated exposure batches."""
+"""The status of outcomes: counted, duplicate, late, retired, outside; and repeated slates."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from tests.support.serving.raw_events import (
     NOW,
@@ -15,17 +16,24 @@ from tests.support.serving.raw_events import (
     RawOutcome,
     ShownImpression,
     assert_same,
-    columns_of,
     exposures_of,
+    outcome_record,
+    outcomes_of,
     recomputed,
     statistics,
+    stored,
 )
 
-from reelway.platform.contracts.events import OUTCOME_HORIZON_S, Arm, OutcomeType
+from reelway.platform.contracts.events import OUTCOME_HORIZON_S, STRING_DICTIONARY_TYPE, Arm, OutcomeType
+from reelway.platform.eventlog import StoredRecord
+from reelway.platform.eventlog.arrow_records import encode_rows
+from reelway.platform.eventlog.outcome_events import OUTCOME_TYPES, decode_outcomes, encode_outcomes
 from reelway.platform.rollout.metric_names import RECEIVED_OUTCOMES
 from reelway.platform.rollout.policy import Slice
+from reelway.serving.outcomes.event_log_writer import logged_outcomes
 from reelway.serving.outcomes.exposures import ArmKey
-from reelway.serving.outcomes.ledger import Ledger
+from reelway.serving.outcomes.ledger import EXPOSURE_HORIZON_S, Ledger
+from reelway.serving.outcomes.log_rows import OutcomeRows, read_outcome_rows
 from reelway.serving.outcomes.outcome_store import OutcomeStore
 from reelway.serving.outcomes.reported import read_outcomes
 
@@ -35,29 +43,28 @@ LIKE = RawOutcome(SHOWN, OutcomeType.LIKE)
 
 @dataclass
 class LedgerFixture:
-    """A ledger with a settable clock that can be restarted."""
+    """A ledger with a settable time of the log that can be restarted."""
 
     path: Path
     now: float = NOW
-    number: int = 0
 
     def __post_init__(self) -> None:
         self.start()
 
     def start(self) -> None:
         self.store = OutcomeStore(self.path)
-        self.ledger = Ledger(self.store, clock=lambda: self.now, keep_rollouts=2)
+        self.ledger = Ledger(self.store, keep_rollouts=2)
 
     def restart(self) -> None:
         self.store.close()
         self.start()
 
     def expose(self, *shown: ShownImpression) -> None:
-        self.number += 1
-        self.ledger.apply([exposures_of(shown, self.number)], [])
+        """Counts slates that are shown now."""
+        self.ledger.apply(exposures_of([replace(one, at=self.now) for one in shown]), [], {})
 
     def report(self, *done: RawOutcome) -> list[str]:
-        (statuses,) = self.ledger.apply([], [columns_of(done)])
+        (statuses,) = self.ledger.apply([], outcomes_of(done, self.now), {})
         return [RECEIVED_OUTCOMES[status] for status in statuses.tolist()]
 
     def rows(self, table: str) -> int:
@@ -97,7 +104,8 @@ def test_outcome_is_late_by_its_event_time(bench: LedgerFixture) -> None:
     def at(seconds: float) -> str:
         time = datetime.fromtimestamp(NOW + seconds, UTC)
         columns, _ = read_outcomes([LIKE.reported.model_copy(update={"event_time": time})], SIGNER)
-        (statuses,) = bench.ledger.apply([], [columns])
+        (record,) = encode_outcomes(logged_outcomes([columns], int(NOW * 1e6)), 1, int(NOW * 1e6), 1 << 20)
+        (statuses,) = bench.ledger.apply([], [read_outcome_rows(stored(record, NOW))], {})
         return RECEIVED_OUTCOMES[int(statuses[0])]
 
     assert at(OUTCOME_HORIZON_S + 1) == "late"
@@ -111,38 +119,25 @@ def test_outcome_without_a_rollout_is_outside(bench: LedgerFixture) -> None:
     assert [arm.rollout for arm in bench.ledger.snapshot.sums] == ["r-1"]
 
 
-def test_retired_rollout_keeps_its_sums(bench: LedgerFixture) -> None:
-    bench.expose(SHOWN)
-    bench.ledger.apply([], [], "r-1")
-    bench.restart()
-    assert bench.report(LIKE) == ["retired"]
-    bench.expose(replace(SHOWN, viewer=2))
-    assert_same(statistics(bench.ledger), recomputed([SHOWN], []))
-
-
 def test_exposures_do_not_restart_a_retired_rollout(bench: LedgerFixture) -> None:
-    bench.ledger.apply([], [], "r-1")
-    for _ in range(3):
+    for number, name in enumerate(("r-1", "r-2", "r-3")):
+        bench.now += 1
+        bench.expose(replace(SHOWN, rollout=name, id=20 + number))
+    for number in range(3):
         bench.now += OUTCOME_HORIZON_S
-        bench.expose(SHOWN)
-        bench.ledger.clean(100)
-    assert bench.ledger.snapshot.sums == {}
-
-
-def test_rollout_retired_before_its_first_outcome_stays_retired(bench: LedgerFixture) -> None:
-    bench.ledger.apply([], [], "r-1")
-    assert bench.report(LIKE) == ["retired"]
-    assert bench.ledger.snapshot.sums == {}
+        bench.expose(replace(SHOWN, id=100 + number))
+        bench.ledger.clean(bench.now, 100)
+    assert {arm.rollout for arm in bench.ledger.snapshot.sums} == {"r-2", "r-3"}
 
 
 def test_new_rollout_ends_the_one_with_the_oldest_exposure(bench: LedgerFixture) -> None:
-    for name in ("r-1", "r-2"):
+    for number, name in enumerate(("r-1", "r-2")):
         bench.now += 1
-        bench.expose(replace(SHOWN, rollout=name))
+        bench.expose(replace(SHOWN, rollout=name, id=20 + number))
     bench.now += 1
-    bench.expose(SHOWN)  # r-1 again, so that r-2 has the oldest exposure
+    bench.expose(replace(SHOWN, id=12))  # r-1 again, so that r-2 has the oldest exposure
     bench.now += 1
-    bench.expose(replace(SHOWN, rollout="r-3"))
+    bench.expose(replace(SHOWN, rollout="r-3", id=30))
     assert {arm.rollout for arm in bench.ledger.snapshot.sums} == {"r-1", "r-3"}
     assert bench.report(RawOutcome(replace(SHOWN, rollout="r-2"), OutcomeType.LIKE), LIKE) == ["retired", "counted"]
     bench.restart()
@@ -150,17 +145,17 @@ def test_new_rollout_ends_the_one_with_the_oldest_exposure(bench: LedgerFixture)
 
 
 def test_token_of_a_dropped_rollout_drops_no_active_one(bench: LedgerFixture) -> None:
-    for name in ("r-1", "r-2"):
-        bench.expose(replace(SHOWN, rollout=name))
+    for number, name in enumerate(("r-1", "r-2")):
+        bench.expose(replace(SHOWN, rollout=name, id=20 + number))
     long_ago = replace(SHOWN, rollout="r-0", at=SHOWN.at - 60)
     assert bench.report(RawOutcome(long_ago, OutcomeType.LIKE)) == ["retired"]
     assert {arm.rollout for arm in bench.ledger.snapshot.sums} == {"r-1", "r-2"}
 
 
 def test_early_outcome_registers_its_rollout(bench: LedgerFixture) -> None:
-    for name in ("r-1", "r-2"):
+    for number, name in enumerate(("r-1", "r-2")):
         bench.now += 1
-        bench.expose(replace(SHOWN, rollout=name))
+        bench.expose(replace(SHOWN, rollout=name, id=20 + number))
     newest = replace(SHOWN, rollout="r-3", at=bench.now)
     bench.now += 1
     assert bench.report(RawOutcome(newest, OutcomeType.LIKE)) == ["counted"]
@@ -168,23 +163,66 @@ def test_early_outcome_registers_its_rollout(bench: LedgerFixture) -> None:
     assert {arm.rollout for arm in bench.ledger.snapshot.sums} == {"r-2", "r-3"}
 
 
-def test_exposure_batch_is_counted_once_per_origin(bench: LedgerFixture) -> None:
-    bench.ledger.apply([exposures_of([SHOWN], 1), exposures_of([SHOWN], 1, origin="other")], [])
+def test_repeated_slate_is_counted_once(bench: LedgerFixture) -> None:
+    other = replace(SHOWN, id=12)
+    bench.ledger.apply([*exposures_of([SHOWN]), *exposures_of([SHOWN, other])], [], {})
     bench.restart()
-    bench.ledger.apply([exposures_of([SHOWN], 1), exposures_of([SHOWN], 2)], [])
-    assert_same(statistics(bench.ledger), recomputed([SHOWN] * 3, []))
+    bench.ledger.apply(exposures_of([other, SHOWN], logged_at=NOW + 60), [], {})
+    assert_same(statistics(bench.ledger), recomputed([SHOWN, other], []))
 
 
-def test_announced_arm_has_zero_sums(bench: LedgerFixture) -> None:
-    arm = ArmKey("r-1", Arm.CANARY, RELEASES[Arm.CANARY])
-    bench.ledger.apply([replace(exposures_of([], 1), arms=(arm,))], [])
-    assert (bench.ledger.snapshot.sums[arm] == 0).all()
+def test_slate_that_is_logged_too_late_is_not_counted(bench: LedgerFixture) -> None:
+    """Its id may be forgotten, so a repeated slate could not be recognised."""
+    late = replace(SHOWN, id=12)
+    bench.ledger.apply(exposures_of([SHOWN], logged_at=NOW + EXPOSURE_HORIZON_S), [], {})
+    bench.ledger.apply(exposures_of([late], logged_at=NOW + EXPOSURE_HORIZON_S + 1), [], {})
+    assert_same(statistics(bench.ledger), recomputed([SHOWN], []))
+    assert bench.ledger.snapshot.late_slates == 1
+
+
+def test_slates_are_remembered_until_they_would_be_late(bench: LedgerFixture) -> None:
+    bench.expose(SHOWN)
+    bench.now += EXPOSURE_HORIZON_S
+    bench.ledger.clean(bench.now, 100)
+    bench.ledger.apply(exposures_of([SHOWN], logged_at=bench.now), [], {})
+    assert_same(statistics(bench.ledger), recomputed([SHOWN], []))
+
+
+def test_position_is_stored_with_the_counts(bench: LedgerFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.ledger.apply(exposures_of([SHOWN]), [], {"exposures": {0: 2, 3: 9}})
+    with monkeypatch.context() as broken:
+        broken.setattr(bench.store, "write_sums", _no_space)
+        with pytest.raises(OSError, match="no space"):
+            bench.ledger.apply(exposures_of([replace(SHOWN, id=12)]), [], {"exposures": {0: 3, 3: 9}})
+    bench.restart()
+    assert bench.ledger.position("exposures") == {0: 2, 3: 9}
+    assert bench.ledger.position("outcomes") == {}
+    assert_same(statistics(bench.ledger), recomputed([SHOWN], []))
+
+
+def _no_space(*_: object) -> None:
+    raise OSError("no space left on device")
+
+
+def test_outcome_of_an_unknown_type_is_left_out() -> None:
+    (outcome,) = columns_from_newer_writer()
+    assert outcome.kind.tolist() == [OUTCOME_TYPES.index(OutcomeType.LIKE)]
+
+
+def columns_from_newer_writer() -> list[OutcomeRows]:
+    """Reads a record in which one of two outcomes has a type that this version does not know."""
+    table = decode_outcomes(outcome_record([LIKE, RawOutcome(SHOWN, OutcomeType.SAVE)]).payload)
+    types = pa.array(["like", "duet"]).dictionary_encode().cast(STRING_DICTIONARY_TYPE)
+    newer = table.set_column(table.schema.get_field_index("type"), table.schema.field("type"), types)
+    payload = encode_rows(newer.combine_chunks().to_batches()[0])
+    return [read_outcome_rows(StoredRecord(0, 1, int(NOW * 1e6), payload))]
 
 
 def test_arm_with_another_release_has_separate_sums(bench: LedgerFixture) -> None:
     bench.expose(SHOWN)
     promoted = ArmKey("r-1", Arm.CANARY, "ef" * 32)
-    bench.ledger.apply([replace(exposures_of([SHOWN], 9), arms=(promoted,))], [])
+    (rows,) = exposures_of([replace(SHOWN, id=12)])
+    bench.ledger.apply([replace(rows, arms=(promoted,))], [], {})
     sums = bench.ledger.snapshot.sums
     assert sums[promoted][0, 0] == sums[SHOWN.exposed_arm][0, 0] == 1
 
@@ -215,26 +253,28 @@ def test_cleanup_deletes_only_expired_rows(bench: LedgerFixture) -> None:
     bench.expose(SHOWN)
     bench.report(LIKE)
     bench.now += OUTCOME_HORIZON_S
-    assert bench.ledger.clean(100) == 0
+    assert bench.ledger.clean(bench.now, 100) == 1, "the slate, whose repetition would be late"
+    assert (bench.rows("seen"), bench.rows("slates")) == (1, 0)
     fresh = replace(SHOWN, id=12, at=bench.now)
     bench.report(RawOutcome(fresh, OutcomeType.LIKE))
     bench.now += 3 * 3600
-    assert bench.ledger.clean(100) == 1
-    assert (bench.rows("seen"), bench.rows("origins"), bench.rows("viewers")) == (1, 0, 1)
+    assert bench.ledger.clean(bench.now, 100) == 1
+    assert (bench.rows("seen"), bench.rows("slates"), bench.rows("viewers")) == (1, 0, 1)
     assert bench.report(LIKE, RawOutcome(fresh, OutcomeType.LIKE)) == ["late", "duplicate"]
 
 
 def test_dropped_rollout_is_deleted_in_batches(bench: LedgerFixture) -> None:
-    for rollout in ("r-1", "r-2", "r-3"):
+    for number, rollout in enumerate(("r-1", "r-2", "r-3")):
         bench.now += 1
-        bench.expose(*(ShownImpression(i, i, Arm.STABLE, 0.5, 0, rollout=rollout) for i in range(30)))
+        ids = range(100 * number, 100 * number + 30)
+        bench.expose(*(ShownImpression(i, i % 100, Arm.STABLE, 0.5, 0, rollout=rollout) for i in ids))
     assert bench.rows("viewers") == 90
-    left = [bench.ledger.clean(20) for _ in range(3)]
+    left = [bench.ledger.clean(bench.now, 20) for _ in range(3)]
     assert left == [20, 10, 0]
     assert bench.rows("viewers") == 60
     assert bench.rows("arms") == 2
     bench.now += 2 * OUTCOME_HORIZON_S
-    bench.ledger.clean(20)
+    bench.ledger.clean(bench.now, 20)
     assert bench.rows("rollouts") == 2
 
 

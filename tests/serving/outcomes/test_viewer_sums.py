@@ -12,8 +12,8 @@ from tests.support.serving.raw_events import (
     RawOutcome,
     ShownImpression,
     assert_same,
-    columns_of,
     exposures_of,
+    outcomes_of,
     recomputed,
     statistics,
 )
@@ -58,21 +58,20 @@ def test_incremental_sums_equal_the_sums_of_all_events(shown: list[ShownImpressi
     done = done + data.draw(st.lists(st.sampled_from(done), max_size=10) if done else st.just([]))
     steps = data.draw(st.permutations([*shown, *done]))
     with tempfile.TemporaryDirectory() as folder:
-        path, number, counted = Path(folder) / "outcomes.db", 0, []
+        path, counted = Path(folder) / "outcomes.db", list[RawOutcome]()
         store = OutcomeStore(path)
-        ledger = Ledger(store, clock=lambda: NOW, keep_rollouts=2)
+        ledger = Ledger(store, keep_rollouts=2)
         while steps:
             size = data.draw(st.integers(1, 12))
             now, steps = steps[:size], steps[size:]
-            number += 1
-            batch = exposures_of([one for one in now if isinstance(one, ShownImpression)], number)
+            rows = exposures_of([one for one in now if isinstance(one, ShownImpression)])
             outcomes = [one for one in now if isinstance(one, RawOutcome)]
             counted += outcomes
-            ledger.apply([batch, batch], [columns_of(outcomes[:3]), columns_of(outcomes[3:])])
+            ledger.apply([*rows, *rows], [*outcomes_of(outcomes[:3]), *outcomes_of(outcomes[3:])], {})
             if data.draw(st.booleans()):
                 store.close()
                 store = OutcomeStore(path)
-                ledger = Ledger(store, clock=lambda: NOW, keep_rollouts=2)
+                ledger = Ledger(store, keep_rollouts=2)
         actual = statistics(ledger)
         store.close()
     assert_same(actual, recomputed(shown, counted))
@@ -83,11 +82,11 @@ def test_incremental_sums_equal_the_sums_of_all_events(shown: list[ShownImpressi
 def test_counters_never_decrease(shown: list[ShownImpression], data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path, before = Path(folder) / "outcomes.db", {}
-        for number, one in enumerate(shown, start=1):
+        for one in shown:
             store = OutcomeStore(path)
-            ledger = Ledger(store, clock=lambda: NOW, keep_rollouts=2)
+            ledger = Ledger(store, keep_rollouts=2)
             kind = data.draw(st.sampled_from([OutcomeType.WATCH, OutcomeType.LIKE]))
-            ledger.apply([exposures_of([one], number)], [columns_of([RawOutcome(one, kind, 1.0)])])
+            ledger.apply(exposures_of([one]), outcomes_of([RawOutcome(one, kind, 1.0)]), {})
             after = {arm: sums.copy() for arm, sums in ledger.snapshot.sums.items()}
             for arm, sums in before.items():
                 assert (after[arm] >= sums).all()

@@ -56,7 +56,7 @@ COMPONENTS: Final[dict[str, Document]] = {
     },
     "live": {
         "jobs": {"runsClaim": "runs"}, "monitoring": _RULES,
-        "eventLog": {"address": "kafka://kafka-0.test:9092,kafka-1.test:9093/live-", "settingsSecret": "kafka"},
+        "eventLog": {"address": "kafka://kafka-0.test:9092,kafka-1.test:9093/live-", "kafkaSettingsSecret": "kafka"},
     },
     "live-elsewhere": {
         **_LIVE, "overlay": {"url": "s3://features/overlay", "state": {"persistent": False}},

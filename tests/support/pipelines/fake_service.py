@@ -72,7 +72,7 @@ class FakeService:
             return JSONResponse({"error": "retry later"}, 503)
         self.posts.append(len(body["outcomes"]))
         self.outcomes += body["outcomes"]
-        return JSONResponse({"counted": len(body["outcomes"])})
+        return JSONResponse({"accepted": len(body["outcomes"]), "refused": []})
 
     async def current(self, _: Request) -> JSONResponse:
         arms = [

@@ -57,6 +57,7 @@ def record_of(done: Sequence[ReportedOutcomeFixture], number: int) -> LogRecord:
         "source": ["ann"] * n, "propensity": [1.0] * n, "type": [str(one.kind) for one in done],
         "value": [one.value for one in done], "event_time": [one.time_us for one in done], "done_at": [None] * n,
         "creator_id": [None] * n, "topic": [None] * n, "duration_ms": [None] * n,
+        "rollout": [None] * n, "weight": [None] * n, "slices": [None] * n,
     }  # fmt: skip
     arrays = [
         pa.array(columns[f.name]).cast(pa.int64()).cast(f.type)

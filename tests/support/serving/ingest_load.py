@@ -1,4 +1,4 @@
-"""Measures the CPU time per impression and outcome, from a router's buffer and a client's JSON to the disk."""
+"""Measures the CPU time per impression and outcome: router, event log and collector, in one process."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from reelway.platform.contracts.api import OutcomesRequest
 from reelway.platform.contracts.events import Arm
-from reelway.platform.eventlog.sqlite_log import SqliteLog
+from reelway.platform.eventlog.topics import Topic, open_topic
 from reelway.platform.tokens import ImpressionToken, TokenSigner
-from reelway.serving.outcomes import ArmKey, EventLogWriter, ExposureBuffer, OutcomeCollector
+from reelway.serving.outcomes import ArmKey, EventLogWriter, ExposureWriter, OutcomeCollector, SlateExposure
 from reelway.serving.outcomes.reported import read_outcomes
+from reelway.serving.stages.arrays import SOURCES
 
 SIGNER = TokenSigner(b"a secret of the tests, long enough")
 ARMS = (ArmKey("r-load", Arm.STABLE, "ab" * 32), ArmKey("r-load", Arm.CANARY, "cd" * 32))
@@ -56,54 +59,60 @@ class Ingest:
         )
 
 
-def measure_ingest(
-    folder: Path, *, requests: int = 20_000, viewers: int = 30_000, seed: int = 0, logged: bool = False
-) -> Ingest:
-    """Counts this many slates of 20 videos, then an outcome for every second video, 100 per request.
-
-    Args:
-        logged: every outcome goes to an event log as well.
-    """
+def measure_ingest(folder: Path, *, requests: int = 20_000, viewers: int = 30_000, seed: int = 0) -> Ingest:
+    """Logs and counts this many slates of 20 videos, then an outcome for every second video, 100 per request."""
     rng = np.random.default_rng(seed)
     who = rng.integers(0, viewers, requests).tolist()
-    masks = rng.choice([0, 2, 4, 6], size=(requests, SLATE), p=[0.6, 0.15, 0.15, 0.1]).tolist()
-    bodies = list(_bodies(who, masks, rng))
-    collector = OutcomeCollector(folder / "outcomes.db")
-    appender = EventLogWriter(SqliteLog(folder / "log.db")) if logged else None
+    masks = rng.choice([0, 2, 4, 6], size=(requests, SLATE), p=[0.6, 0.15, 0.15, 0.1]).astype(np.int8)
+    slates = [_slate(request, viewer, masks[request], rng) for request, viewer in enumerate(who)]
+    bodies = list(_bodies(who, masks.tolist(), rng))
+    open_log = partial(open_topic, folder / "events")
+    collector = OutcomeCollector(folder / "outcomes.db", open_log)
+    lost: list[SlateExposure] = []
+    exposures = ExposureWriter(partial(open_log, Topic.EXPOSURES), lost.append, max_queued_rows=requests * SLATE)
+    outcomes = EventLogWriter(partial(open_log, Topic.OUTCOMES))
     try:
         wall, cpu = time.perf_counter(), time.process_time()
-        buffer = ExposureBuffer()
-        waiting: list[Future[Any]] = []
-        for number, (viewer, slices) in enumerate(zip(who, masks, strict=True)):
-            buffer.add(ARMS[viewer % 2], viewer, 0.5, slices)
-            if number % 100 == 99:
-                _flush(buffer, collector, waiting)
-        _flush(buffer, collector, waiting)
-        for one in waiting:
-            one.result()
+        for slate in slates:
+            exposures.record(slate)
+        exposures.close()
+        _count(collector)
         exposing = time.process_time() - cpu
-        cpu, waiting = time.process_time(), []
-        in_log: list[Future[None]] = []
+        cpu, in_log = time.process_time(), list[Future[None]]()
         for body in bodies:
             columns, _ = read_outcomes(OutcomesRequest.model_validate_json(body).outcomes, SIGNER)
-            waiting.append(collector.record_outcomes(columns))
-            if appender:
-                in_log.append(appender.append(columns))
-        counted = sum(one.result()["counted"] for one in waiting)
+            in_log.append(outcomes.append(columns))
         for one in in_log:
             one.result()
+        _count(collector)
         counting, wall = time.process_time() - cpu, time.perf_counter() - wall
+        counted = sum(
+            count for (*_, status), count in collector._ledger.snapshot.received.items() if status == "counted"
+        )
     finally:
+        exposures.close()
+        outcomes.close()
         collector.close()
-        if appender:
-            appender.close()
+    if lost:
+        raise AssertionError(f"{len(lost)} slates are not in the log")
     return Ingest(requests * SLATE, counted, exposing, counting, wall)
 
 
-def _flush(buffer: ExposureBuffer, collector: OutcomeCollector, waiting: list[Future[Any]]) -> None:
-    if batch := buffer.next_batch():
-        waiting.append(collector.record_exposures(batch))
-        buffer.acknowledge(batch)
+def _count(collector: OutcomeCollector) -> None:
+    """Reads both topics to their ends."""
+    idle = 0
+    while idle < 3:
+        idle = 0 if collector.advance() else idle + 1
+
+
+def _slate(request: int, viewer: int, masks: NDArray[np.int8], rng: np.random.Generator) -> SlateExposure:
+    ids, now_s = rng.integers(0, 2**53, SLATE), time.time()
+    return SlateExposure(
+        int(rng.integers(2**53)), viewer, ARMS[viewer % 2], 0.5, now_s, now_s, "phone", "eu", "en",
+        impression_id=ids, video_id=ids >> 30, slices=masks, source=np.arange(SLATE) % len(SOURCES),
+        score=rng.random(SLATE, np.float32), propensity=np.ones(SLATE, np.float32), creator_id=ids >> 40,
+        topic=np.full(SLATE, request % 20, np.int32), duration_ms=np.full(SLATE, 20_000, np.int32),
+    )  # fmt: skip
 
 
 def _bodies(who: list[int], masks: list[list[int]], rng: np.random.Generator) -> Iterator[bytes]:

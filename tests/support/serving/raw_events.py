@@ -11,12 +11,17 @@ import pytest
 
 from reelway.platform.contracts.api import ReportedOutcome
 from reelway.platform.contracts.events import LONG_WATCH_CAP_MS, LONG_WATCH_RATIO, Arm, OutcomeType
+from reelway.platform.eventlog import LogRecord, StoredRecord
+from reelway.platform.eventlog.exposure_events import encode_exposures
+from reelway.platform.eventlog.outcome_events import encode_outcomes
 from reelway.platform.rollout.evidence import ArmStatistics
 from reelway.platform.rollout.metric_names import OUTCOME_METRICS
 from reelway.platform.rollout.policy import Slice
 from reelway.platform.tokens import SLICE_BITS, ImpressionToken, TokenSigner
-from reelway.serving.outcomes.exposures import ArmKey, ExposureBatch
+from reelway.serving.outcomes.event_log_writer import logged_outcomes
+from reelway.serving.outcomes.exposures import ArmKey, SlateExposure, exposure_rows
 from reelway.serving.outcomes.ledger import Ledger
+from reelway.serving.outcomes.log_rows import ExposureRows, OutcomeRows, read_exposure_rows, read_outcome_rows
 from reelway.serving.outcomes.reported import OutcomeColumns, read_outcomes
 from reelway.serving.outcomes.viewer_sums import statistics_of
 
@@ -49,7 +54,7 @@ class ShownImpression:
         return SIGNER.sign(
             ImpressionToken(
                 self.id, 1, self.viewer, 5, 0, RELEASES[self.arm], self.arm, "ann", 0.5, self.at,
-                self.rollout, self.weight, self.slices, self.duration_ms,
+                self.rollout, self.weight, self.slices, self.duration_ms, 7, 3,
             )
         )  # fmt: skip
 
@@ -67,20 +72,49 @@ class RawOutcome:
         return ReportedOutcome(token=self.shown.token, type=self.type, value=self.value)
 
 
-def exposures_of(shown: Sequence[ShownImpression], number: int, origin: str = "router") -> ExposureBatch:
-    """One row per impression."""
-    arms = tuple(dict.fromkeys(one.exposed_arm for one in shown))
-    return ExposureBatch(
-        origin, number, arms,
-        np.array([arms.index(one.exposed_arm) for one in shown], np.int32),
-        np.array([one.viewer for one in shown], np.int64),
-        np.array([one.weight for one in shown], np.float32),
-        np.array([one.slices for one in shown], np.uint8),
-        np.ones(len(shown), np.int32),
+def slate_of(one: ShownImpression) -> SlateExposure:
+    """A slate of one video, as a router records it. Its request id is the impression's id."""
+    return SlateExposure(
+        one.id, one.viewer, one.exposed_arm, one.weight, one.at, one.at, "phone", None, None,
+        impression_id=np.array([one.id]), video_id=np.array([5]), slices=np.array([one.slices], np.int8),
+        source=np.array([0]), score=np.zeros(1, np.float32), propensity=np.ones(1, np.float32),
+        creator_id=np.array([7]), topic=np.array([3], np.int32), duration_ms=np.array([one.duration_ms], np.int32),
     )  # fmt: skip
 
 
-def columns_of(done: Sequence[RawOutcome]) -> OutcomeColumns:
+def exposure_record(shown: Sequence[ShownImpression], logged_at: float = NOW) -> LogRecord:
+    """All slates in one record."""
+    rows = exposure_rows([slate_of(one) for one in shown])
+    (record,) = encode_exposures(rows, 1, round(logged_at * 1e6), 1 << 20)
+    return record
+
+
+def outcome_record(done: Sequence[RawOutcome], logged_at: float = NOW) -> LogRecord:
+    """All outcomes in one record."""
+    logged_us = round(logged_at * 1e6)
+    (record,) = encode_outcomes(logged_outcomes([reported_columns(done)], logged_us), 1, logged_us, 1 << 20)
+    return record
+
+
+def stored(record: LogRecord, logged_at: float, offset: int = 1) -> StoredRecord:
+    return StoredRecord(0, offset, round(logged_at * 1e6), record.payload)
+
+
+def exposures_of(shown: Sequence[ShownImpression], logged_at: float | None = None) -> list[ExposureRows]:
+    """The slates as the collector reads them from the log; each is logged when it was shown, or at ``logged_at``."""
+    by_time: dict[float, list[ShownImpression]] = {}
+    for one in shown:
+        by_time.setdefault(one.at if logged_at is None else logged_at, []).append(one)
+    return [read_exposure_rows(stored(exposure_record(group, at), at)) for at, group in by_time.items()]
+
+
+def outcomes_of(done: Sequence[RawOutcome], logged_at: float = NOW) -> list[OutcomeRows]:
+    """The outcomes as the collector reads them from one record of the log."""
+    return [read_outcome_rows(stored(outcome_record(done, logged_at), logged_at))] if done else []
+
+
+def reported_columns(done: Sequence[RawOutcome]) -> OutcomeColumns:
+    """The outcomes as a router reads them from a request."""
     columns, refused = read_outcomes([one.reported for one in done], SIGNER)
     assert not refused
     return columns

@@ -17,7 +17,7 @@ metrics_dir: /var/run/reelway/metrics
 features_dir: {{ include "reelway.featuresFolder" . | default "null" }}
 vector_log: {{ if $s.parity.ratio }}{{ include "reelway.vectorLog" . }}{{ else }}null{{ end }}
 parity_ratio: {{ $s.parity.ratio }}
-outcomes: {{ ternary "/var/lib/reelway/state/outcomes.db" "null" $s.outcomes.enabled }}
+outcomes: {{ if $s.outcomes.enabled }}{{ include "reelway.outcomesFolder" . }}/outcomes.db{{ else }}null{{ end }}
 host: 0.0.0.0
 port: {{ $s.port }}
 composition: staged
@@ -43,8 +43,21 @@ deployments:
     {{- end }}
     {{- end }}
   {{- end }}
-  # The file of the outcomes is on the head, the only pod with this resource.
+  {{- if include "reelway.outcomesOnHead" . }}
+  # The file of the sums is on the head, the only pod with this resource.
   outcomes: {num_replicas: 1, num_cpus: 0, resources: {reelway_state: 0.01}}
+  {{- else }}
+  outcomes: {num_replicas: 1, num_cpus: 0}
+  {{- end }}
+{{- end -}}
+
+{{/* Whether the sums of outcomes need the head's volume: they are kept in a claim, or their event log is a folder there. */}}
+{{- define "reelway.outcomesOnHead" -}}
+{{- if or .Values.serving.outcomes.persistence.enabled (not .Values.eventLog.address) }}true{{ end -}}
+{{- end -}}
+
+{{- define "reelway.outcomesFolder" -}}
+{{- if include "reelway.outcomesOnHead" . }}/var/lib/reelway/state{{ else }}/var/cache/reelway/outcomes{{ end -}}
 {{- end -}}
 
 {{- define "reelway.featuresFolder" -}}

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import json
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from tests.support.rollout.exporter import Exporter
 from tests.support.rollout.series_fixtures import POLICY, state_of
-from tests.support.serving.raw_events import NOW, RELEASES, RawOutcome, ShownImpression, columns_of, exposures_of
+from tests.support.serving.raw_events import (
+    NOW,
+    RELEASES,
+    RawOutcome,
+    ShownImpression,
+    exposure_record,
+    outcome_record,
+)
 
 from reelway.platform.contracts.events import Arm, OutcomeType
+from reelway.platform.eventlog.topics import Topic, open_topic
 from reelway.platform.rollout.evidence import EvidenceState
 from reelway.platform.rollout.policy import Slice
 from reelway.platform.rollout.sources import evidence_source
@@ -45,7 +54,7 @@ def test_evidence_matches_the_counts_of_router_and_collector(tmp_path: Path) -> 
         }  # fmt: skip
 
     with (
-        closing(OutcomeCollector(tmp_path / "outcomes.db", clock=lambda: NOW)) as collector,
+        closing(OutcomeCollector(tmp_path / "sums.db", partial(open_topic, tmp_path / "events"))) as collector,
         closing(evidence_source(RunDirectory(tmp_path))) as source,
     ):
         ingress.requests.labels(canary, "canary", "ok").inc(3)
@@ -58,8 +67,13 @@ def test_evidence_matches_the_counts_of_router_and_collector(tmp_path: Path) -> 
         for _ in range(11):
             ingress.latency.labels(canary, "canary").observe(0.03)
         shadow.requests.labels(canary, "compared").inc(4)
-        collector.record_exposures(exposures_of(shown, 1)).result(10)
-        collector.record_outcomes(columns_of(outcomes)).result(10)
+        for topic, record in (
+            (Topic.EXPOSURES, exposure_record(shown)), (Topic.OUTCOMES, outcome_record(outcomes))
+        ):  # fmt: skip
+            with closing(open_topic(tmp_path / "events", topic)) as log:
+                log.append([record])
+        while collector.advance() or collector.advance():
+            pass
         pages()
         snapshot = source.fetch(POLICY, state, NOW + 1)
         counted = collector.statistics("r-1")

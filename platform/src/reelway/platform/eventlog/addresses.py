@@ -33,10 +33,10 @@ def open_event_log(address: str | Path) -> EventLog:
         raise ConfigError(f"event log {text!r}: expected kafka://host:port[,host:port]/topic")
     from reelway.platform.eventlog.kafka_log import KafkaLog
 
-    return KafkaLog(servers, topic, kafka_settings())
+    return KafkaLog(servers, topic, client_settings())
 
 
-def kafka_settings() -> dict[str, Any]:
+def client_settings() -> dict[str, Any]:
     """Returns librdkafka's settings of the environment.
 
     Raises:

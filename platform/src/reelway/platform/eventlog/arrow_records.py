@@ -59,7 +59,7 @@ def decode_rows(payload: bytes, schema: pa.Schema, events: str) -> pa.Table:
     try:
         table = pa.ipc.open_stream(payload).read_all().unify_dictionaries()
         table.validate(full=True)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: a damaged column name
         raise DataError(f"event log: a record of {len(payload)} bytes is no batch of {events}: {error}") from error
     return pa.Table.from_arrays([_read_column(table, field, schema) for field in schema], schema=schema)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from reelway.platform.errors import ConfigError, StorageError
-from reelway.platform.eventlog.addresses import KAFKA, kafka_settings
+from reelway.platform.eventlog.addresses import KAFKA, client_settings
 from reelway.platform.eventlog.topics import COMPACTED, Topic, topic_address
 
 REQUEST_TIMEOUT_S: Final = 30.0
@@ -109,7 +109,7 @@ def _admin_client(servers: str) -> Any:
     except ImportError as error:
         raise ConfigError("topics of Kafka require confluent-kafka; install reelway-platform[kafka]") from error
     try:
-        return admin.AdminClient({"bootstrap.servers": servers, **kafka_settings()})
+        return admin.AdminClient({"bootstrap.servers": servers, **client_settings()})
     except (confluent_kafka.KafkaException, ValueError, TypeError) as error:
         raise ConfigError(f"Kafka client for {servers}: {error}") from error
 

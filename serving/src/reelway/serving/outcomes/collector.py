@@ -47,6 +47,7 @@ class _FollowedTopic:
     log: EventLog
     position: Offsets
     reading: LogReading
+    reads: int = 0
 
 
 class OutcomeCollector:
@@ -101,7 +102,8 @@ class OutcomeCollector:
             StorageError: if the log or the file fails; nothing was counted, and the next call starts from the file.
         """
         try:
-            topic = min(self._followed(), key=lambda followed: followed.reading.read_to_us)
+            topic = min(self._followed(), key=lambda followed: (followed.reading.read_to_us, followed.reads))
+            topic.reads += 1
             batch = topic.log.read(topic.position, limit=RECORDS_PER_COMMIT, wait_s=WAIT_S)
             self._count(topic, batch)
         except BaseException:

@@ -44,8 +44,7 @@ HOUR_S: Final = 3600
 CLEANUP_SLACK_S: Final = 3600
 """Extra retention in seconds, for clocks of different machines."""
 EXPOSURE_HORIZON_S: Final = 3600
-"""A slate that reaches the log later than this after it was shown is not counted. Routers repeat an append for one minute
-only."""
+"""A slate that reaches the log later than this after it was shown is not counted. Routers give up after a minute."""
 RECEIVED_RETENTION_S: Final = 14 * 24 * 3600
 """A release without an outcome for this many seconds leaves the metrics."""
 
