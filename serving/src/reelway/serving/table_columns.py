@@ -95,7 +95,7 @@ class Uploads:
     rows: int
     video_id: I64  # [V] ascending
     newest_row: Rows  # [V] row of each video's newest version
-    is_newest: NDArray[np.bool_]  # [M]
+    replaced: I64  # indices of the rows that a newer version has replaced
     newest_first: Rows  # [V] ``newest_row`` by upload time, latest first
     uploaded_before: F64  # [V] negative upload time in the order of ``newest_first``, ascending
 
@@ -104,11 +104,10 @@ class Uploads:
         """Indexes the extension's columns ``[M]``, whose first row has the number ``first_row``."""
         ids, last = np.unique(video_id[::-1], return_index=True)
         newest = len(video_id) - 1 - last
-        is_newest = np.zeros(len(video_id), dtype=np.bool_)
-        is_newest[newest] = True
+        replaced = np.setdiff1d(np.arange(len(video_id)), newest, assume_unique=True)
         order = newest[np.argsort(-uploaded_at_s[newest], kind="stable")]
         return cls(
-            len(video_id), ids, (newest + first_row).astype(np.int32), is_newest,
+            len(video_id), ids, (newest + first_row).astype(np.int32), replaced,
             (order + first_row).astype(np.int32), -uploaded_at_s[order],
         )  # fmt: skip
 

@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry
 
 from reelway.platform.errors import ReelwayError, StorageError
 from reelway.platform.eventlog.catalogue_events import TakedownState, decode_status_changes
-from reelway.platform.eventlog.catalogue_log import READ_LIMIT, is_at
+from reelway.platform.eventlog.catalogue_log import is_at
 from reelway.platform.eventlog.event_log import EventLog, Offsets
 from reelway.platform.eventlog.topics import Topic, open_topic
 from reelway.serving.metrics import TakedownMetrics
@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 POLL_INTERVAL_S: Final = 0.2
 """Longest wait of one read for new takedowns, and the delay after a failed read."""
+READ_LIMIT: Final = 250
+"""Records of one read. Decoding holds the interpreter's lock, for about 1 ms per read."""
 READY_TIMEOUT_S: Final = 60.0
 """How long a release waits until the takedowns are read to the log's end before opening it fails."""
 

@@ -195,7 +195,7 @@ def test_outcomes_have_exactly_one_replica() -> None:
         ("metrics_dir: /m", "ConfigMap c: releases: missing, and it has no default"),
         (
             "{metrics_dir: /m, releases: {release_store: s, release_cache: c, public_keys: k, shelves: 1}}",
-            "releases.shelves: unknown key, expected one of overlay, public_keys, release_cache, release_store",
+            "releases.shelves: unknown key, expected one of events, overlay, public_keys, release_cache, release_store",
         ),
     ],
 )

@@ -226,6 +226,7 @@ class TakedownState:
 
     def __init__(self) -> None:
         self._newest: dict[str, StatusChange] = {}
+        self._taken_down = NOTHING_TAKEN_DOWN
 
     def apply(self, changes: Iterable[StatusChange]) -> ChangedStatus:
         """Takes changes in any order, repeated or not. Returns the entities that are now of another status."""
@@ -236,12 +237,20 @@ class TakedownState:
                 before.setdefault(change.key, newest)
                 self._newest[change.key] = change
         changed = [self._newest[key] for key, old in before.items() if _is_down(old) != _is_down(self._newest[key])]
-        return ChangedStatus(_ids(change.video_id for change in changed), _ids(change.creator_id for change in changed))
+        status = ChangedStatus(
+            _ids(change.video_id for change in changed), _ids(change.creator_id for change in changed)
+        )
+        if status:  # an entity whose status changed leaves the set, or enters it
+            down = self._taken_down
+            self._taken_down = TakenDown(
+                np.setxor1d(down.videos, status.videos, assume_unique=True),
+                np.setxor1d(down.creators, status.creators, assume_unique=True),
+            )
+        return status
 
     def taken_down(self) -> TakenDown:
         """Returns the present takedowns."""
-        down = self.takedowns()
-        return TakenDown(_ids(change.video_id for change in down), _ids(change.creator_id for change in down))
+        return self._taken_down
 
     def takedowns(self) -> list[Takedown]:
         """Returns the takedowns that are in effect, oldest version first."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from reelway.serving.stages.arrays import F32, Rows
+from reelway.serving.stages.arrays import F32
 from reelway.serving.stages.sources import CandidateSource, SourceCandidates, SourceQuery
 from reelway.serving.video_table import VideoTable
 
@@ -29,20 +29,19 @@ class AnnWithUploads:
 
     def propose(self, query: SourceQuery) -> SourceCandidates:
         built = self._index.propose(query)
-        rows, similarity = self._search(query)
-        if not len(rows) or built.similarity is None:
+        uploads = self._table.uploads
+        if not uploads.rows or built.similarity is None:
             return built
-        rows, similarity = np.concatenate([built.rows, rows]), np.concatenate([built.similarity, similarity])
+        similarity: F32 = self._table.embedding.added[: uploads.rows] @ query.viewer_embedding[0]
+        similarity[uploads.replaced] = -np.inf
+        is_full = len(built.rows) >= query.limit
+        added = np.flatnonzero(similarity > (built.similarity[-1] if is_full else -np.inf))
+        if (surplus := len(added) - query.limit) > 0:
+            added = added[np.argpartition(similarity[added], surplus)[surplus:]]
+        rows = np.concatenate([built.rows, (added + len(self._table)).astype(np.int32)])
+        similarity = np.concatenate([built.similarity, similarity[added]])
         best = np.argsort(-similarity, kind="stable")[: query.limit]
         return SourceCandidates(rows[best], similarity[best])
-
-    def _search(self, query: SourceQuery) -> tuple[Rows, F32]:
-        uploads = self._table.uploads
-        similarity: F32 = self._table.embedding.added[: uploads.rows] @ query.viewer_embedding[0]
-        similarity[~uploads.is_newest] = -np.inf
-        count = min(query.limit, len(uploads.video_id))
-        best = np.argpartition(-similarity, count - 1)[:count] if count else np.empty(0, dtype=np.int64)
-        return (best + len(self._table)).astype(np.int32), similarity[best]
 
 
 class FreshWithUploads:
