@@ -155,13 +155,13 @@ def test_without_an_outcomes_file_the_application_is_absent() -> None:
 
 
 def test_routers_append_to_the_event_log_that_the_outcomes_application_sums() -> None:
-    entries = by_name(compose(events="kafka://k:9092"))
+    entries = by_name(compose(releases=STORE.model_copy(update={"events": "kafka://k:9092"})))
     assert (entries["router"]["args"]["events"], entries["router"]["args"]["log_keeper"]) == ("kafka://k:9092", None)
     assert entries["outcomes"]["args"]["events"] == "kafka://k:9092"
 
 
 def test_without_an_event_log_the_outcomes_application_keeps_it() -> None:
-    entries = by_name(compose(outcomes=Path("/state/outcomes.db"), events=None))
+    entries = by_name(compose(outcomes=Path("/state/outcomes.db")))
     assert (entries["router"]["args"]["events"], entries["router"]["args"]["log_keeper"]) == (None, "outcomes")
     assert entries["outcomes"]["args"] == {"state": "/state/outcomes.db", "events": "/state/events"}
 
