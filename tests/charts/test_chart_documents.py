@@ -66,7 +66,7 @@ def test_operator_composes_a_serve_config_from_the_options(environment: str, com
     applications = {one["name"]: one for one in serve_config(environment, component)["applications"]}
     assert set(applications) == {RELEASE, "outcomes", "router"}
     assert ReleaseArgs(**applications[RELEASE]["args"]).release == RELEASE
-    events = serving_options(environment, component).releases.events
+    events = serving_options(environment, component).events
     assert (events is None) is (component == "not-live" or environment != "production-cpu" and component != "live")
     routed = RouterArgs(**applications["router"]["args"])
     assert (routed.events, routed.log_keeper) == (events, None if events else "outcomes")

@@ -9,7 +9,6 @@ releases:
   release_cache: /var/cache/reelway/releases
   public_keys: /etc/reelway/public-keys
   overlay: {{ if include "reelway.live" . }}{{ include "reelway.overlayUrl" . | quote }}{{ else }}null{{ end }}
-  events: {{ .Values.eventLog.address | default nil | toJson }}
 initial:
   release: {{ .Values.releases.initial | quote }}
   salt: {{ $s.bucketSalt | quote }}
@@ -18,6 +17,7 @@ features_dir: {{ include "reelway.featuresFolder" . | default "null" }}
 vector_log: {{ if $s.parity.ratio }}{{ include "reelway.vectorLog" . }}{{ else }}null{{ end }}
 parity_ratio: {{ $s.parity.ratio }}
 outcomes: {{ if $s.outcomes.enabled }}{{ include "reelway.outcomesFolder" . }}/outcomes.db{{ else }}null{{ end }}
+events: {{ .Values.eventLog.address | default nil | toJson }}
 host: 0.0.0.0
 port: {{ $s.port }}
 composition: staged

@@ -120,7 +120,6 @@ def serve(
                 release_cache=serving_dir / "releases",
                 public_keys=directory.keys,
                 overlay=str(directory.overlay),
-                events=str(directory.events),
             ),
             metrics_dir=_empty_directory(serving_dir / "metrics"),
             token_secrets=_token_secrets(directory),
@@ -128,6 +127,8 @@ def serve(
             vector_log=serving_dir / "vectors.jsonl",
             parity_ratio=parity_sample_ratio,
             outcomes=serving_dir / "outcomes.db",
+            event_log=str(directory.event_log),
+            events=str(directory.path / "events"),
             host=host,
             port=port,
             deployments=Deployments.with_replicas(

@@ -35,8 +35,7 @@ _BUILDERS: Final = "reelway.serving.deployments.applications"
 RELEASE_BUILDER: Final = f"{_BUILDERS}:release"
 ROUTER_BUILDER: Final = f"{_BUILDERS}:router"
 OUTCOMES_BUILDER: Final = f"{_BUILDERS}:outcomes"
-_OUTCOMES_PREFIX: Final = "/v1/outcomes/metrics"
-"""The sums. ``POST /v1/outcomes`` is a route of the router, which has all other paths."""
+_OUTCOMES_PREFIX: Final = "/v1/outcomes"
 _LOGGING_CONFIG: Final = {"log_level": "WARNING", "enable_access_log": False}
 """One log line per request and hop costs more CPU than the hop itself; metrics count every request."""
 _INSTANCE_OPTIONS: Final = ("proxy_location", "http_options", "grpc_options", "target_capacity")
@@ -80,6 +79,7 @@ def _release_application(options: ServingOptions, release: str) -> dict[str, Any
         release=release,
         composition=options.composition,
         ranker_address=options.ranker_address,
+        events=options.events,
     )
     stages = options.deployments
     deployments = [
@@ -100,7 +100,7 @@ def _release_application(options: ServingOptions, release: str) -> dict[str, Any
 
 
 def _outcomes_application(options: ServingOptions, state: Path) -> dict[str, Any]:
-    args = OutcomesArgs(state=state, events=options.releases.events or str(state.parent / "events"))
+    args = OutcomesArgs(state=state, event_log=options.event_log, token_secrets=options.token_secrets)
     return {
         "name": OUTCOMES,
         "route_prefix": _OUTCOMES_PREFIX,
@@ -122,7 +122,8 @@ def _router_application(options: ServingOptions, routing: Routing) -> dict[str, 
         composition=options.composition,
         max_ongoing_requests=options.max_ongoing_requests,
         max_ongoing_sustained=options.max_ongoing_sustained,
-        log_keeper=OUTCOMES if options.outcomes and not options.releases.events else None,
+        events=options.events,
+        outcomes=OUTCOMES if options.outcomes else None,
     )
     router = _deployment("Router", options.deployments.router)
     return {

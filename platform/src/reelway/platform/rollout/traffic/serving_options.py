@@ -45,12 +45,6 @@ class ReleaseStoreArgs(_Options):
         description="path or fsspec URL of the overlay that updates the video table after the release was built; "
         "without it a release keeps the videos and features that it was built with",
     )
-    events: str | None = Field(
-        default=None,
-        description="event log: a folder, or kafka://host:port[/prefix]. Routers append exposures and outcomes to it, and "
-        "every process follows its takedowns. Without it nothing is taken down, and the outcomes application keeps a log "
-        "in the folder of its file, which records nothing while that application is down",
-    )
 
     def release_args(self, release: str, composition: Composition = "staged") -> ReleaseArgs:
         """Arguments for one release of this store."""
@@ -68,6 +62,11 @@ class ReleaseArgs(ReleaseStoreArgs):
         default=None,
         description="host:port of a remote ranker's gRPC endpoint; {release} stands for the short release id. Without "
         "it Ray Serve ranks",
+    )
+    events: str | None = Field(
+        default=None,
+        description="address of the event log (see eventlog.topics), whose takedowns retrieval follows; without it "
+        "retrieval hides nothing",
     )
 
     @model_validator(mode="after")
@@ -122,8 +121,13 @@ class RouterArgs(ReleaseStoreArgs):
         ge=1,
         description="the same limit while the queue has not been empty for 0.5 s; default: max_ongoing_requests",
     )
-    log_keeper: str | None = Field(
-        default=None, description="application that appends to its own event log for the routers, used without events"
+    events: str | None = Field(
+        default=None,
+        description="address of the event log (see eventlog.topics), whose takedowns are followed; without it nothing "
+        "is taken down",
+    )
+    outcomes: str | None = Field(
+        default=None, description="name of the outcomes application, which receives the exposures"
     )
 
     @model_validator(mode="after")
@@ -133,10 +137,13 @@ class RouterArgs(ReleaseStoreArgs):
 
 
 class OutcomesArgs(_Options):
-    """Arguments of the application that sums exposures and outcomes."""
+    """Arguments of the application that receives outcomes."""
 
     state: Path = Field(description="SQLite file with the sums; one process writes it")
-    events: str = Field(description="address of the event log that is summed")
+    event_log: str | None = Field(
+        default=None, description="event log that outcomes are appended to: a path, or kafka://host:port/topic"
+    )
+    token_secrets: Path | None = None
 
 
 class AutoscalingOptions(_Options):
@@ -162,8 +169,7 @@ class Deployments(_Options):
     """Options per deployment.
 
     The default of 0.1 CPUs lets all deployments of several releases share one machine. Outcomes have one replica,
-    because one process writes the file of their sums. With composition ``fused`` only ``router`` and ``outcomes`` are
-    used.
+    because one process writes their file. With composition ``fused`` only ``router`` and ``outcomes`` are used.
     """
 
     router: DeploymentOptions = DeploymentOptions()
@@ -173,7 +179,7 @@ class Deployments(_Options):
     outcomes: DeploymentOptions = DeploymentOptions()
 
     @model_validator(mode="after")
-    def _one_process_sums_outcomes(self) -> Deployments:
+    def _one_process_receives_outcomes(self) -> Deployments:
         if self.outcomes.num_replicas != 1 or self.outcomes.autoscaling:
             raise ValueError("outcomes: one process writes their file; use num_replicas 1 without autoscaling")
         return self
@@ -205,8 +211,10 @@ class ServingOptions(_Options):
     features_dir: Path | None = None
     vector_log: Path | None = None
     parity_ratio: Annotated[float, Field(ge=0, le=1)] = 0.01
-    outcomes: Path | None = Field(
-        default=None, description="SQLite file of the outcomes' sums; without it none are kept"
+    outcomes: Path | None = Field(default=None, description="SQLite file of the outcomes; without it none are received")
+    event_log: str | None = None
+    events: str | None = Field(
+        default=None, description="address of the event log: a folder, or kafka://host:port[/prefix]"
     )
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
