@@ -205,7 +205,7 @@ def test_readme_is_generated_from_the_values(tmp_path: Path) -> None:
 
 def test_every_panel_shows_a_metric_of_the_code() -> None:
     code = "\n".join(
-        path.read_text() for part in ("platform", "serving") for path in (CHART.parents[1] / part).rglob("*.py")
+        path.read_text() for part in ("platform", "serving", "pipelines") for path in (CHART.parents[1] / part).rglob("*.py")
     )
     boards = sorted((CHART / "files" / "dashboards").glob("*.json"))
     assert len(boards) >= 2

@@ -127,8 +127,7 @@ def serve(
             vector_log=serving_dir / "vectors.jsonl",
             parity_ratio=parity_sample_ratio,
             outcomes=serving_dir / "outcomes.db",
-            event_log=str(directory.event_log),
-            events=str(directory.path / "events"),
+            events=str(directory.events),
             host=host,
             port=port,
             deployments=Deployments.with_replicas(

@@ -117,7 +117,7 @@ def test_only_router_and_outcomes_have_a_route_prefix() -> None:
     assert router["num_replicas"] == 2
     assert Routing.model_validate(router["user_config"]) == ROUTING
     prefixes = {name[:1]: one["route_prefix"] for name, one in entries.items()}
-    assert prefixes == {"a": None, "b": None, "r": "/", "o": "/v1/outcomes"}
+    assert prefixes == {"a": None, "b": None, "r": "/", "o": "/v1/outcomes/metrics"}
 
 
 def test_autoscaled_deployment_has_no_fixed_number_of_replicas() -> None:
@@ -151,7 +151,19 @@ def test_application_arguments_are_the_builders_models() -> None:
 def test_without_an_outcomes_file_the_application_is_absent() -> None:
     entries = by_name(compose(outcomes=None))
     assert "outcomes" not in entries
-    assert entries["router"]["args"]["outcomes"] is None
+    assert entries["router"]["args"]["log_keeper"] is None
+
+
+def test_routers_append_to_the_event_log_that_the_outcomes_application_sums() -> None:
+    entries = by_name(compose(events="kafka://k:9092"))
+    assert (entries["router"]["args"]["events"], entries["router"]["args"]["log_keeper"]) == ("kafka://k:9092", None)
+    assert entries["outcomes"]["args"]["events"] == "kafka://k:9092"
+
+
+def test_without_an_event_log_the_outcomes_application_keeps_it() -> None:
+    entries = by_name(compose(outcomes=Path("/state/outcomes.db"), events=None))
+    assert (entries["router"]["args"]["events"], entries["router"]["args"]["log_keeper"]) == (None, "outcomes")
+    assert entries["outcomes"]["args"] == {"state": "/state/outcomes.db", "events": "/state/events"}
 
 
 def test_composed_configuration_states_its_releases_with_their_routing() -> None:

@@ -124,10 +124,10 @@ def _topic_names(client: Any, servers: str) -> set[str]:
 
 
 def _create(client: Any, missing: Iterable[KafkaTopic], replication: int, servers: str) -> list[str]:
-    from confluent_kafka import KafkaError, KafkaException
-    from confluent_kafka.admin import NewTopic
+    from confluent_kafka import KafkaError, KafkaException, admin
 
-    new = [NewTopic(topic.name, topic.partitions, replication, config=dict(topic.settings)) for topic in missing]
+    make: Any = admin.NewTopic  # type: ignore[attr-defined]  # not in __all__
+    new = [make(topic.name, topic.partitions, replication, config=dict(topic.settings)) for topic in missing]
     if not new:
         return []
     created = []
@@ -142,17 +142,15 @@ def _create(client: Any, missing: Iterable[KafkaTopic], replication: int, server
 
 
 def _describe(client: Any, topics: Mapping[Topic, KafkaTopic], servers: str) -> dict[Topic, KafkaTopic]:
-    from confluent_kafka import KafkaException, TopicCollection
-    from confluent_kafka.admin import ConfigResource, ResourceType
+    from confluent_kafka import KafkaException, TopicCollection, admin
 
     names = [topic.name for topic in topics.values()]
     if not names:
         return {}
     try:
         partitions = client.describe_topics(TopicCollection(names), request_timeout=REQUEST_TIMEOUT_S)
-        settings = client.describe_configs(
-            [ConfigResource(ResourceType.TOPIC, name) for name in names], request_timeout=REQUEST_TIMEOUT_S
-        )
+        resources = [admin.ConfigResource(admin.RESOURCE_TOPIC, name) for name in names]  # type: ignore[attr-defined]
+        settings = client.describe_configs(resources, request_timeout=REQUEST_TIMEOUT_S)
         counts = {name: len(future.result(REQUEST_TIMEOUT_S).partitions) for name, future in partitions.items()}
         configs = {
             resource.name: {entry.name: entry.value for entry in future.result(REQUEST_TIMEOUT_S).values()}

@@ -35,7 +35,8 @@ _BUILDERS: Final = "reelway.serving.deployments.applications"
 RELEASE_BUILDER: Final = f"{_BUILDERS}:release"
 ROUTER_BUILDER: Final = f"{_BUILDERS}:router"
 OUTCOMES_BUILDER: Final = f"{_BUILDERS}:outcomes"
-_OUTCOMES_PREFIX: Final = "/v1/outcomes"
+_OUTCOMES_PREFIX: Final = "/v1/outcomes/metrics"
+"""The sums. ``POST /v1/outcomes`` is a route of the router, which has all other paths."""
 _LOGGING_CONFIG: Final = {"log_level": "WARNING", "enable_access_log": False}
 """One log line per request and hop costs more CPU than the hop itself; metrics count every request."""
 _INSTANCE_OPTIONS: Final = ("proxy_location", "http_options", "grpc_options", "target_capacity")
@@ -100,7 +101,7 @@ def _release_application(options: ServingOptions, release: str) -> dict[str, Any
 
 
 def _outcomes_application(options: ServingOptions, state: Path) -> dict[str, Any]:
-    args = OutcomesArgs(state=state, event_log=options.event_log, token_secrets=options.token_secrets)
+    args = OutcomesArgs(state=state, events=options.events or str(state.parent / "events"))
     return {
         "name": OUTCOMES,
         "route_prefix": _OUTCOMES_PREFIX,
@@ -123,7 +124,7 @@ def _router_application(options: ServingOptions, routing: Routing) -> dict[str, 
         max_ongoing_requests=options.max_ongoing_requests,
         max_ongoing_sustained=options.max_ongoing_sustained,
         events=options.events,
-        outcomes=OUTCOMES if options.outcomes else None,
+        log_keeper=OUTCOMES if options.outcomes and not options.events else None,
     )
     router = _deployment("Router", options.deployments.router)
     return {

@@ -123,11 +123,10 @@ class RouterArgs(ReleaseStoreArgs):
     )
     events: str | None = Field(
         default=None,
-        description="address of the event log (see eventlog.topics), whose takedowns are followed; without it nothing "
-        "is taken down",
+        description="address of the event log (see eventlog.topics), to which exposures and outcomes are appended",
     )
-    outcomes: str | None = Field(
-        default=None, description="name of the outcomes application, which receives the exposures"
+    log_keeper: str | None = Field(
+        default=None, description="application that appends to its own event log for the routers, used without events"
     )
 
     @model_validator(mode="after")
@@ -137,13 +136,10 @@ class RouterArgs(ReleaseStoreArgs):
 
 
 class OutcomesArgs(_Options):
-    """Arguments of the application that receives outcomes."""
+    """Arguments of the application that sums exposures and outcomes."""
 
     state: Path = Field(description="SQLite file with the sums; one process writes it")
-    event_log: str | None = Field(
-        default=None, description="event log that outcomes are appended to: a path, or kafka://host:port/topic"
-    )
-    token_secrets: Path | None = None
+    events: str = Field(description="address of the event log that is summed")
 
 
 class AutoscalingOptions(_Options):
@@ -169,7 +165,8 @@ class Deployments(_Options):
     """Options per deployment.
 
     The default of 0.1 CPUs lets all deployments of several releases share one machine. Outcomes have one replica,
-    because one process writes their file. With composition ``fused`` only ``router`` and ``outcomes`` are used.
+    because one process writes the file of their sums. With composition ``fused`` only ``router`` and ``outcomes`` are
+    used.
     """
 
     router: DeploymentOptions = DeploymentOptions()
@@ -179,7 +176,7 @@ class Deployments(_Options):
     outcomes: DeploymentOptions = DeploymentOptions()
 
     @model_validator(mode="after")
-    def _one_process_receives_outcomes(self) -> Deployments:
+    def _one_process_sums_outcomes(self) -> Deployments:
         if self.outcomes.num_replicas != 1 or self.outcomes.autoscaling:
             raise ValueError("outcomes: one process writes their file; use num_replicas 1 without autoscaling")
         return self
@@ -211,10 +208,13 @@ class ServingOptions(_Options):
     features_dir: Path | None = None
     vector_log: Path | None = None
     parity_ratio: Annotated[float, Field(ge=0, le=1)] = 0.01
-    outcomes: Path | None = Field(default=None, description="SQLite file of the outcomes; without it none are received")
-    event_log: str | None = None
+    outcomes: Path | None = Field(
+        default=None, description="SQLite file of the outcomes' sums; without it none are kept"
+    )
     events: str | None = Field(
-        default=None, description="address of the event log: a folder, or kafka://host:port[/prefix]"
+        default=None,
+        description="address of the event log: a folder, or kafka://host:port[/prefix]. Without it the outcomes "
+        "application keeps the log in the folder of its file, and nothing is logged while that application is down",
     )
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
