@@ -33,7 +33,7 @@ $(STAMP): constraints.txt pyproject.toml platform/pyproject.toml pipelines/pypro
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
 	$(if $(filter cpu,$(TORCH)),$(BIN)/python infra/images/without_cuda.py excluded constraints.txt >$(VENV)/excluded.txt)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --group dev \
-		$(if $(filter cpu,$(TORCH)),--excludes $(VENV)/excluded.txt) -e 'platform[cluster]' -e pipelines -e 'serving[rank-server]'
+		$(if $(filter cpu,$(TORCH)),--excludes $(VENV)/excluded.txt) -e 'platform[cluster]' -e 'pipelines[kafka]' -e 'serving[rank-server]'
 	$(if $(filter cpu,$(TORCH)),$(BIN)/python infra/images/without_cuda.py link $(VENV)/lib/python3.*/site-packages)
 	@touch $@
 

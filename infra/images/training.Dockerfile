@@ -20,7 +20,7 @@ COPY pipelines/pyproject.toml pipelines/
 # the shared packages once.
 RUN python3 dependencies.py serving platform[s3] --shared-with pipelines platform[s3] > shared.txt \
     && cp shared.txt constraints.txt /opt/reelway/
-ARG MEMBERS="pipelines platform[s3]"
+ARG MEMBERS="pipelines[kafka] platform[s3]"
 RUN python3 dependencies.py ${MEMBERS} > requirements.txt
 # `cpu` leaves out the packages for GPUs.
 ARG TORCH=cuda

@@ -15,12 +15,15 @@ import pyarrow as pa
 from tests.support.bench_results import Row, write_report
 from tests.support.dimensions import DIMENSIONS
 from tests.support.pipelines import event_tables
+from tests.support.pipelines.stream_fixtures import SteppedClock
 
 from reelway.pipelines.features.labels import label_impressions
-from reelway.pipelines.features.stream.engine import StreamCatalogue
-from reelway.pipelines.features.stream.processor import StreamProcessor, StreamSettings
-from reelway.pipelines.features.stream.state import StreamState
+from reelway.pipelines.features.stream.bootstrap import DatasetState
+from reelway.pipelines.features.stream.local_stream import LocalStream
+from reelway.pipelines.features.stream.service import TOPICS
+from reelway.pipelines.features.stream.sqlite_store import SqliteStore
 from reelway.pipelines.features.stream.time_buckets import STREAMED
+from reelway.pipelines.features.stream.video_facts import VideoFacts
 from reelway.pipelines.features.views import DAY_US, ViewSettings
 from reelway.platform.contracts.events import OutcomeType
 from reelway.platform.eventlog.outcome_events import (
@@ -30,6 +33,7 @@ from reelway.platform.eventlog.outcome_events import (
     encode_outcomes,
 )
 from reelway.platform.eventlog.sqlite_log import SqliteLog
+from reelway.platform.eventlog.topics import Topic
 
 VIEWERS, VIDEOS, CREATORS = 20_000, 20_000, 1_000
 RATE = 500
@@ -39,15 +43,18 @@ START_US = event_tables.START_US
 TTL_US = dict.fromkeys(STREAMED, 90 * DAY_US)
 
 
-def catalogue(rng: np.random.Generator) -> StreamCatalogue:
+def dataset(rng: np.random.Generator) -> DatasetState:
     ids = np.arange(VIDEOS)
     creators = np.arange(CREATORS)
-    return StreamCatalogue.of(
-        event_tables.table(
-            event_tables.contract.VIDEOS, video_id=ids, creator_id=rng.integers(0, CREATORS, VIDEOS),
-            uploaded_at=[START_US - 9 * DAY_US] * VIDEOS, duration_ms=rng.integers(5_000, 60_000, VIDEOS),
-            topic=rng.integers(0, 32, VIDEOS),
-        ),
+    videos = event_tables.table(
+        event_tables.contract.VIDEOS, video_id=ids, creator_id=rng.integers(0, CREATORS, VIDEOS),
+        uploaded_at=[START_US - 9 * DAY_US] * VIDEOS, duration_ms=rng.integers(5_000, 60_000, VIDEOS),
+        topic=rng.integers(0, 32, VIDEOS),
+    )  # fmt: skip
+    shown = event_tables.impressions([(2**50, 1, 1, START_US - 2_000_000)])
+    return DatasetState(
+        label_impressions(shown, event_tables.outcomes([]), videos),
+        videos,
         event_tables.table(
             event_tables.contract.CREATORS, creator_id=creators, created_at=[START_US - 99 * DAY_US] * CREATORS,
             followers=[10] * CREATORS,
@@ -55,19 +62,21 @@ def catalogue(rng: np.random.Generator) -> StreamCatalogue:
     )  # fmt: skip
 
 
-def batch(rng: np.random.Generator, second: int) -> pa.RecordBatch:
+def batch(rng: np.random.Generator, known: DatasetState, second: int) -> pa.RecordBatch:
     kind = rng.choice(
         [OUTCOME_TYPES.index(OutcomeType.WATCH), OUTCOME_TYPES.index(OutcomeType.LIKE)], RATE, p=[0.8, 0.2]
     )
     impression = second * RATE + rng.integers(0, RATE, RATE)
     now_us = START_US + second * 1_000_000
+    video = rng.zipf(1.4, RATE) % VIDEOS
+    stamps = {name: known.videos[name].to_numpy()[video] for name in ("creator_id", "topic", "duration_ms")}
     columns = {
         "outcome_id": derive_outcome_ids(impression, kind), "impression_id": impression, "request_id": impression,
-        "viewer_id": impression % VIEWERS, "video_id": rng.zipf(1.4, RATE) % VIDEOS, "position": np.zeros(RATE),
+        "viewer_id": impression % VIEWERS, "video_id": video, "position": np.zeros(RATE),
         "shown_at": np.full(RATE, now_us - 9_000_000), "release": ["r"] * RATE, "arm": ["stable"] * RATE,
         "source": ["ann"] * RATE, "propensity": np.ones(RATE), "type": [str(OUTCOME_TYPES[k]) for k in kind],
         "value": np.where(kind == 0, rng.integers(0, 60_000, RATE), 1), "event_time": np.full(RATE, now_us),
-        "done_at": [None] * RATE,
+        "done_at": [None] * RATE, **stamps,
     }  # fmt: skip
     arrays = [
         pa.array(columns[f.name]).cast(pa.int64()).cast(f.type)
@@ -80,27 +89,32 @@ def batch(rng: np.random.Generator, second: int) -> pa.RecordBatch:
 
 def main() -> None:
     rng = np.random.default_rng(0)
-    known = catalogue(rng)
-    shown = event_tables.impressions([(2**50, 1, 1, START_US - 2_000_000)])
-    labels = label_impressions(shown, event_tables.outcomes([]), known.videos)
+    known = dataset(rng)
     with tempfile.TemporaryDirectory() as folder:
-        log = SqliteLog(Path(folder) / "log.db", clock=lambda: START_US / 1e6 + SECONDS + 60)
+        clock = SteppedClock(START_US)
+        logs = {topic: SqliteLog(Path(folder) / f"{topic}.db", clock=clock) for topic in TOPICS}
         for second in range(SECONDS):
-            time_us = START_US + second * 1_000_000
-            log.append(list(encode_outcomes(batch(rng, second), 1, time_us, log.max_record_bytes)))
-        state = StreamState(Path(folder) / "state.db")
-        processor = StreamProcessor(log, state, None, ViewSettings(DIMENSIONS), TTL_US, StreamSettings(max_records=20))
-        processor.start(known, labels, behind_us=0)
-        cpu, wall, outcomes, rows = time.process_time(), time.perf_counter(), 0, 0
-        while (done := processor.run_micro_batch(wait_s=0)).outcomes or done.steps:
-            outcomes += done.outcomes
+            clock.now_us = START_US + second * 1_000_000
+            outcomes = logs[Topic.OUTCOMES]
+            outcomes.append(list(encode_outcomes(batch(rng, known, second), 1, outcomes.max_record_bytes)))
+        clock.now_us = START_US + (SECONDS + 60) * 1_000_000
+        store = SqliteStore(Path(folder) / "state.db")
+        stream = LocalStream(
+            logs, store, None, ViewSettings(DIMENSIONS), TTL_US, VideoFacts(Path(folder) / "absent"),
+            max_records=20, clock=clock,
+        )  # fmt: skip
+        stream.start(lambda: known, behind_us=0)
+        cpu, wall, outcomes_read, rows = time.process_time(), time.perf_counter(), 0, 0
+        while (done := stream.run_micro_batch(wait_s=0)).records or done.steps:
+            outcomes_read += done.events["outcomes"]
             rows += sum(view.rows.num_rows for view in done.emitted)
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-        state.close()
-        log.close()
-    assert outcomes == RATE * SECONDS
-    print(f"{outcomes:,} outcomes, {rows:,} rows in {cpu:.1f} s of one core, {wall:.1f} s in all")
-    write_report("stream", [Row("outcomes per second and core", outcomes / cpu, "1/s")])
+        store.close()
+        for log in logs.values():
+            log.close()
+    assert outcomes_read == RATE * SECONDS
+    print(f"{outcomes_read:,} outcomes, {rows:,} rows in {cpu:.1f} s of one core, {wall:.1f} s in all")
+    write_report("stream", [Row("outcomes per second and core", outcomes_read / cpu, "1/s")])
 
 
 if __name__ == "__main__":

@@ -18,9 +18,6 @@ from reelway.platform.eventlog.outcome_events import OUTCOME_EVENT_SCHEMA, decod
 
 pytestmark = [pytest.mark.long, pytest.mark.kafka]
 
-TIME_US = 1_700_000_000_000_123
-"""Time of the first record, years before the clock's time."""
-
 
 @pytest.fixture
 def log(broker: Broker) -> Iterator[EventLog]:
@@ -34,7 +31,7 @@ def open_log(broker: Broker, topic: str) -> EventLog:
 
 
 def records(count: int, start: int = 0) -> list[LogRecord]:
-    return [LogRecord(str(i), i % 3, TIME_US + i, b"%d" % i) for i in range(start, start + count)]
+    return [LogRecord(str(i), i % 3, b"%d" % i) for i in range(start, start + count)]
 
 
 def read_all(log: EventLog, position: Offsets, count: int) -> tuple[list[StoredRecord], Offsets]:
@@ -65,6 +62,8 @@ def outcome_batch(rows: int, viewers: int = 1) -> pa.RecordBatch:
     for field in OUTCOME_EVENT_SCHEMA:
         if pa.types.is_dictionary(field.type):
             column = pa.array(["watch"] * rows).cast(field.type)
+        elif pa.types.is_int32(field.type):
+            column = pa.array(rng.integers(0, 100, rows)).cast(field.type)
         elif field.name in ("viewer_id", "position"):
             column = pa.array(rng.integers(0, viewers, rows)).cast(field.type)
         elif pa.types.is_floating(field.type):
@@ -75,7 +74,7 @@ def outcome_batch(rows: int, viewers: int = 1) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(arrays, schema=OUTCOME_EVENT_SCHEMA)
 
 
-def test_records_keep_their_time_and_their_partitions_order(log: EventLog) -> None:
+def test_records_keep_their_partitions_order(log: EventLog) -> None:
     assert log.partitions == 3
     assert log.append(records(30)) == [i // 3 for i in range(30)]
     found, _ = read_all(log, {}, 30)
@@ -84,20 +83,33 @@ def test_records_keep_their_time_and_their_partitions_order(log: EventLog) -> No
         mine = [one for one in found if one.partition == partition]
         assert [one.offset for one in mine] == list(range(10))
         assert [int(one.payload) for one in mine] == list(range(partition, 30, 3))
-    assert {one.time_us - int(one.payload) for one in found} == {TIME_US}
 
 
-def test_consumer_resumes_at_its_committed_offsets(log: EventLog) -> None:
-    log.append(records(12))
-    assert log.committed("mine") == {}
-    first, position = read_all(log, log.committed("mine"), 12)
-    log.commit("mine", position)
-    log.append(records(6, start=12))
-    assert log.committed("other") == {}
-    found, _ = read_all(log, log.committed("mine"), 6)
-    assert sorted(int(one.payload) for one in found) == list(range(12, 18))
+def test_records_have_the_time_of_their_append(broker: Broker, log: EventLog) -> None:
+    """The producer's own timestamp is ignored."""
+    producer = Producer({"bootstrap.servers": broker.servers})
+    before_us = time.time_ns() // 1_000_000 * 1_000
+    producer.produce(log.name, b"text", partition=0, timestamp=1_700_000_000_000)
+    assert producer.flush(10) == 0
+    log.append(records(6))
+    found, _ = read_all(log, {}, 7)
+    assert all(before_us <= one.time_us <= time.time_ns() // 1000 for one in found)
+
+
+def test_offsets_at_a_time_are_those_of_the_first_later_records(log: EventLog) -> None:
+    log.append(records(3))
+    time.sleep(0.01)  # the broker's times are milliseconds
+    log.append(records(3, start=3))
+    found, _ = read_all(log, {}, 6)
+    second_us = min(one.time_us for one in found if int(one.payload) >= 3)
+    assert log.offsets_at(0) == {0: 0, 1: 0, 2: 0}
+    assert log.offsets_at(second_us - 999) == {0: 1, 1: 1, 2: 1}
+    assert log.offsets_at(time.time_ns() // 1000 + 60_000_000) == {0: 2, 1: 2, 2: 2}
+
+
+def test_read_starts_at_any_offset(log: EventLog) -> None:
+    log.append(records(18))
     again, _ = read_all(log, {0: 2}, 16)
-    assert len(first) == 12
     assert len(again) == 16
 
 
@@ -158,17 +170,12 @@ def test_transaction_markers_do_not_hold_the_watermark(broker: Broker, log: Even
     reader.close()
 
 
-def test_record_of_another_producer_has_the_brokers_time(broker: Broker, log: EventLog) -> None:
-    """A header that is no time, and a tombstone, do not stop the reader."""
+def test_tombstone_has_an_empty_payload(broker: Broker, log: EventLog) -> None:
     producer = Producer({"bootstrap.servers": broker.servers})
-    for value in (b"text", None):
-        producer.produce(log.name, value, partition=0, timestamp=1_700_000_000_000, headers={"time_us": b"now"})
+    producer.produce(log.name, None, partition=0)
     assert producer.flush(10) == 0
-    found, _ = read_all(log, {}, 2)
-    assert [(one.offset, one.time_us, one.payload) for one in found] == [
-        (0, 1_700_000_000_000_000, b"text"),
-        (1, 1_700_000_000_000_000, b""),
-    ]
+    found, _ = read_all(log, {}, 1)
+    assert [one.payload for one in found] == [b""]
 
 
 @pytest.mark.parametrize("limit", [None, 20_000])
@@ -177,7 +184,7 @@ def test_large_append_stays_below_the_topics_record_limit(broker: Broker, limit:
     topic = broker.topic(1, {"max.message.bytes": str(limit)} if limit else {})
     log = open_log(broker, topic)
     batch = outcome_batch(20_000)
-    encoded = list(encode_outcomes(batch, 1, TIME_US, log.max_record_bytes))
+    encoded = list(encode_outcomes(batch, 1, log.max_record_bytes))
     assert len(encoded) > 1
     log.append(encoded)
     found, _ = read_all(log, {}, len(encoded))
@@ -188,14 +195,14 @@ def test_large_append_stays_below_the_topics_record_limit(broker: Broker, limit:
 def test_many_small_records_stay_below_the_topics_batch_limit(broker: Broker) -> None:
     """The broker's limit is one of record batches, into which the client combines records."""
     log = open_log(broker, broker.topic(1, {"max.message.bytes": "5000"}))
-    offsets = log.append([LogRecord(str(i), 0, TIME_US, b"x" * 100) for i in range(2_000)])
+    offsets = log.append([LogRecord(str(i), 0, b"x" * 100) for i in range(2_000)])
     assert offsets == list(range(2_000))
     log.close()
 
 
 def test_append_rejects_a_record_above_the_topics_limit(log: EventLog) -> None:
     """None of the append's records is written."""
-    too_large = LogRecord("b", 0, TIME_US, b"x" * (log.max_record_bytes + 1))
+    too_large = LogRecord("b", 0, b"x" * (log.max_record_bytes + 1))
     with pytest.raises(StorageError, match=rf"has {len(too_large.payload)} bytes, at most {log.max_record_bytes}"):
         log.append([*records(3), too_large])
     assert log.end_offsets() == {0: 0, 1: 0, 2: 0}
@@ -206,16 +213,16 @@ def test_acknowledged_records_survive_a_killed_broker(broker: Broker, monkeypatc
     if not broker.can_be_killed:
         pytest.skip("the broker in REELWAY_KAFKA is not ours to kill")
     log = open_log(broker, broker.topic(1))
-    log.append([LogRecord("a", 0, 1, b"a")])
+    log.append([LogRecord("a", 0, b"a")])
     broker.kill()
     try:
         with monkeypatch.context() as patch:
             patch.setattr(module, "REQUEST_TIMEOUT_S", 2.0)
             with pytest.raises(StorageError, match="not acknowledged"):
-                log.append([LogRecord("b", 0, 1, b"b")])
+                log.append([LogRecord("b", 0, b"b")])
     finally:
         broker.start()
-    log.append([LogRecord("c", 0, 1, b"c")])
+    log.append([LogRecord("c", 0, b"c")])
     found, _ = read_all(log, {}, 2)
     assert [one.payload for one in found] == [b"a", b"c"]
     log.close()

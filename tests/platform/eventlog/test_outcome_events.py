@@ -42,7 +42,7 @@ def batch() -> pa.RecordBatch:
 
 @pytest.mark.parametrize("partitions", [1, 4])
 def test_outcomes_round_trip_with_one_partition_per_viewer(partitions: int) -> None:
-    records = list(encode_outcomes(batch(), partitions, 5, 1 << 20))
+    records = list(encode_outcomes(batch(), partitions, 1 << 20))
     tables = {record.partition: decode_outcomes(record.payload) for record in records}
     assert len(tables) == len(records) == partitions
     all_outcomes = pa.concat_tables(table.unify_dictionaries() for table in tables.values())
@@ -63,7 +63,7 @@ def test_outcome_id_depends_on_impression_and_type_only() -> None:
 
 @pytest.mark.parametrize("max_record_bytes", [1_000, 5_000, 20_000])
 def test_outcomes_are_split_below_the_record_limit(max_record_bytes: int) -> None:
-    records = list(encode_outcomes(batch(), 1, 5, max_record_bytes))
+    records = list(encode_outcomes(batch(), 1, max_record_bytes))
     assert len(records) > 1 or max_record_bytes == 20_000
     tables = [decode_outcomes(record.payload) for record in records]
     for table, record in zip(tables, records, strict=True):

@@ -1,4 +1,4 @@
-"""The event log in a SQLite file: order, consumers, retention, and killed processes."""
+"""The event log in a SQLite file: order, times, retention, and killed processes."""
 
 from __future__ import annotations
 
@@ -27,13 +27,23 @@ from reelway.platform.eventlog.sqlite_log import SqliteLog
 
 log = SqliteLog(Path(sys.argv[1]))
 for batch in range(1_000_000):
-    offsets = log.append([LogRecord(f"{sys.argv[2]}-{batch}-{i}", 0, batch, b"x" * 100) for i in range(5)])
+    offsets = log.append([LogRecord(f"{sys.argv[2]}-{batch}-{i}", 0, b"x" * 100) for i in range(5)])
     print(f"{sys.argv[2]}-{batch}", *offsets, flush=True)
 """
 
 
-def record(name: str, time_us: int = 0) -> LogRecord:
-    return LogRecord(name, 0, time_us, name.encode())
+class Clock:
+    """Unix seconds, as a test sets them."""
+
+    def __init__(self, now_s: float) -> None:
+        self.now_s = now_s
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def record(name: str, key: str = "") -> LogRecord:
+    return LogRecord(name, 0, name.encode(), key)
 
 
 def everything(log: SqliteLog) -> list[bytes]:
@@ -59,31 +69,65 @@ def test_record_appended_twice_keeps_its_first_offset(tmp_path: Path) -> None:
 
 
 def test_watermark_is_the_last_record_of_a_full_read_or_the_clock(tmp_path: Path) -> None:
-    log = SqliteLog(tmp_path / "log.db", clock=lambda: 50.0)
-    log.append([record("a", 7_000_000), record("b", 8_000_000)])
+    clock = Clock(7.0)
+    log = SqliteLog(tmp_path / "log.db", clock=clock)
+    log.append([record("a")])
+    clock.now_s = 8.0
+    log.append([record("b")])
+    clock.now_s = 50.0
     assert log.read({}, limit=1).watermark_us == 7_000_000
     assert log.read({}, limit=5).watermark_us == 50_000_000
     assert log.read({0: 3}, limit=5).watermark_us == 50_000_000
 
 
-def test_retention_deletes_old_records_that_all_consumers_have_read(tmp_path: Path) -> None:
-    log = SqliteLog(tmp_path / "log.db", retain_s=100.0, clock=lambda: 1_000.0)
-    log.append([record("old", 0), record("old too", 0), record("new", 950_000_000)])
-    log.commit("fast", {0: 4})
-    log.commit("slow", {0: 1})
-    assert log.apply_retention() == 0, "the slow one has read nothing"
-    log.commit("slow", {0: 2})
-    assert log.apply_retention() == 1
-    assert everything(log) == [b"old too", b"new"]
-    log.remove_consumer("slow")
-    assert log.apply_retention() == 1
+def test_no_record_gets_a_time_before_a_watermark(tmp_path: Path) -> None:
+    """The clock is set back after another object of the log read the log to its end."""
+    clock = Clock(100.0)
+    log, reader = SqliteLog(tmp_path / "log.db", clock=clock), SqliteLog(tmp_path / "log.db", clock=lambda: 103.0)
+    log.append([record("a")])
+    assert reader.read({}, limit=5).watermark_us == 103_000_000
+    clock.now_s = 90.0
+    log.append([record("b")])
+    clock.now_s = 104.0
+    log.append([record("c")])
+    assert [one.time_us for one in log.read({}, limit=5).records] == [100_000_000, 103_000_000, 104_000_000]
+
+
+def test_offsets_at_a_time_are_those_of_the_first_later_record(tmp_path: Path) -> None:
+    clock = Clock(10.0)
+    log = SqliteLog(tmp_path / "log.db", clock=clock)
+    for now_s in (10.0, 20.0, 30.0):
+        clock.now_s = now_s
+        log.append([record(str(now_s))])
+    assert [log.offsets_at(int(at_s * 1e6))[0] for at_s in (0, 10, 10.5, 20, 31)] == [1, 1, 2, 2, 4]
+
+
+def test_retention_deletes_old_records(tmp_path: Path) -> None:
+    clock = Clock(0.0)
+    log = SqliteLog(tmp_path / "log.db", retain_s=100.0, clock=clock)
+    log.append([record("old"), record("old too")])
+    clock.now_s = 950.0
+    log.append([record("new")])
+    clock.now_s = 1_000.0
+    assert log.apply_retention() == 2
     assert everything(log) == [b"new"]
     assert log.append([record("next")]) == [4], "an offset is never given twice"
 
 
+def test_retention_keeps_the_newest_record_of_each_key(tmp_path: Path) -> None:
+    clock = Clock(0.0)
+    log = SqliteLog(tmp_path / "log.db", retain_s=100.0, clock=clock)
+    log.append([record("a1", "a"), record("b1", "b"), record("a2", "a"), record("plain")])
+    clock.now_s = 1_000.0
+    assert log.apply_retention() == 2
+    assert everything(log) == [b"b1", b"a2"]
+
+
 def test_log_emptied_by_retention_does_not_hold_the_watermark(tmp_path: Path) -> None:
-    log = SqliteLog(tmp_path / "log.db", retain_s=100.0, clock=lambda: 1_000.0)
-    log.append([record("old", 0), record("old too", 0)])
+    clock = Clock(0.0)
+    log = SqliteLog(tmp_path / "log.db", retain_s=100.0, clock=clock)
+    log.append([record("old"), record("old too")])
+    clock.now_s = 1_000.0
     assert log.apply_retention() == 2
     for position in ({}, {0: 1}, {0: 3}):
         assert log.read(position, limit=1).watermark_us == 1_000_000_000
@@ -91,7 +135,7 @@ def test_log_emptied_by_retention_does_not_hold_the_watermark(tmp_path: Path) ->
 
 def test_append_rejects_a_record_above_the_limit(tmp_path: Path) -> None:
     log = SqliteLog(tmp_path / "log.db")
-    largest = LogRecord("b", 0, 0, b"x" * log.max_record_bytes)
+    largest = LogRecord("b", 0, b"x" * log.max_record_bytes)
     with pytest.raises(StorageError, match="split the record"):
         log.append([record("a"), largest._replace(payload=largest.payload + b"x")])
     assert log.append([largest]) == [1]
@@ -101,7 +145,7 @@ def test_file_of_another_schema_version_is_rejected(tmp_path: Path) -> None:
     SqliteLog(tmp_path / "log.db").close()
     with sqlite3.connect(tmp_path / "log.db") as db:
         db.execute("PRAGMA user_version = 9")
-    with pytest.raises(StorageError, match="schema version 9, expected 1"):
+    with pytest.raises(StorageError, match="schema version 9, expected 2"):
         SqliteLog(tmp_path / "log.db")
 
 
@@ -140,7 +184,7 @@ def test_acknowledged_records_survive_killed_processes(tmp_path: Path) -> None:
 
 
 class ModelledLog(RuleBasedStateMachine):
-    """The log, reopened at any time, against a list and a dict as its model."""
+    """The log, reopened at any time, against a list as its model."""
 
     @initialize(folder=st.just(None))
     def open(self, folder: Any) -> None:  # noqa: ARG002
@@ -150,7 +194,8 @@ class ModelledLog(RuleBasedStateMachine):
         self.path = Path(self.folder.name) / "log.db"
         self.log = SqliteLog(self.path)
         self.appended: list[str] = []
-        self.committed: dict[str, int] = {}
+        self.position: dict[int, int] = {}
+        self.read = 0
 
     @rule(names=st.lists(st.sampled_from("abcdefghijklmnopqrstuvwxyz"), max_size=4))
     def append(self, names: list[str]) -> None:
@@ -163,14 +208,12 @@ class ModelledLog(RuleBasedStateMachine):
         order = [one.offset for one in self.log.read({}, limit=100).records]
         assert [order.index(offset) for offset in offsets] == expected
 
-    @rule(consumer=st.sampled_from(["one", "two"]), limit=st.integers(1, 5), commits=st.booleans())
-    def read_on(self, consumer: str, limit: int, commits: bool) -> None:
-        batch = self.log.read(self.log.committed(consumer), limit=limit)
-        start = self.committed.get(consumer, 0)
-        assert [one.payload.decode() for one in batch.records] == self.appended[start : start + limit]
-        if commits:
-            self.log.commit(consumer, batch.next_offsets)
-            self.committed[consumer] = start + len(batch.records)
+    @rule(limit=st.integers(1, 5))
+    def read_on(self, limit: int) -> None:
+        batch = self.log.read(self.position, limit=limit)
+        assert [one.payload.decode() for one in batch.records] == self.appended[self.read : self.read + limit]
+        self.position = dict(batch.next_offsets)
+        self.read += len(batch.records)
 
     @rule()
     def reopen(self) -> None:

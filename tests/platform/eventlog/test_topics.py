@@ -49,7 +49,7 @@ def test_exposures_round_trip_through_a_local_topic(tmp_path: Path) -> None:
     ]
     batch = pa.RecordBatch.from_arrays(arrays, schema=EXPOSURE_EVENT_SCHEMA)
     log = open_topic(tmp_path / "events", Topic.EXPOSURES)
-    log.append(list(encode_exposures(batch, log.partitions, 7, log.max_record_bytes)))
+    log.append(list(encode_exposures(batch, log.partitions, log.max_record_bytes)))
     (record,) = log.read({}, limit=10).records
     assert decode_exposures(record.payload).to_pylist() == batch.to_pylist()
     log.close()

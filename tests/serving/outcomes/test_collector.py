@@ -56,7 +56,7 @@ class Followed:
         log.close()
 
     def expose(self, shown: Sequence[ShownImpression]) -> None:
-        self.append(Topic.EXPOSURES, exposure_record(shown, self.now))
+        self.append(Topic.EXPOSURES, exposure_record(shown))
 
     def report(self, done: Sequence[RawOutcome]) -> None:
         self.append(Topic.OUTCOMES, outcome_record(done, self.now))

@@ -104,7 +104,7 @@ def test_outcome_is_late_by_its_event_time(bench: LedgerFixture) -> None:
     def at(seconds: float) -> str:
         time = datetime.fromtimestamp(NOW + seconds, UTC)
         columns, _ = read_outcomes([LIKE.reported.model_copy(update={"event_time": time})], SIGNER)
-        (record,) = encode_outcomes(logged_outcomes([columns], int(NOW * 1e6)), 1, int(NOW * 1e6), 1 << 20)
+        (record,) = encode_outcomes(logged_outcomes([columns], int(NOW * 1e6)), 1, 1 << 20)
         (statuses,) = bench.ledger.apply([], [read_outcome_rows(stored(record, NOW))], {})
         return RECEIVED_OUTCOMES[int(statuses[0])]
 

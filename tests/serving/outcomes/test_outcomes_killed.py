@@ -59,7 +59,7 @@ def test_killed_collector_counts_each_event_once(tmp_path: Path) -> None:
         for kill in range(KILLS):
             with collecting(tmp_path) as process:
                 for part in parts[kill::KILLS]:
-                    exposures.append([exposure_record(shown[part], now), exposure_record(shown[part], now)])
+                    exposures.append([exposure_record(shown[part]), exposure_record(shown[part])])
                     outcomes.append([outcome_record(done[part], now), outcome_record(done[part][:5], now)])
                 for _ in range(rng.choice([1, 2, 3])):
                     assert process.stdout is not None

@@ -82,17 +82,17 @@ def slate_of(one: ShownImpression) -> SlateExposure:
     )  # fmt: skip
 
 
-def exposure_record(shown: Sequence[ShownImpression], logged_at: float = NOW) -> LogRecord:
+def exposure_record(shown: Sequence[ShownImpression]) -> LogRecord:
     """All slates in one record."""
     rows = exposure_rows([slate_of(one) for one in shown])
-    (record,) = encode_exposures(rows, 1, round(logged_at * 1e6), 1 << 20)
+    (record,) = encode_exposures(rows, 1, 1 << 20)
     return record
 
 
 def outcome_record(done: Sequence[RawOutcome], logged_at: float = NOW) -> LogRecord:
     """All outcomes in one record."""
     logged_us = round(logged_at * 1e6)
-    (record,) = encode_outcomes(logged_outcomes([reported_columns(done)], logged_us), 1, logged_us, 1 << 20)
+    (record,) = encode_outcomes(logged_outcomes([reported_columns(done)], logged_us), 1, 1 << 20)
     return record
 
 
@@ -105,7 +105,7 @@ def exposures_of(shown: Sequence[ShownImpression], logged_at: float | None = Non
     by_time: dict[float, list[ShownImpression]] = {}
     for one in shown:
         by_time.setdefault(one.at if logged_at is None else logged_at, []).append(one)
-    return [read_exposure_rows(stored(exposure_record(group, at), at)) for at, group in by_time.items()]
+    return [read_exposure_rows(stored(exposure_record(group), at)) for at, group in by_time.items()]
 
 
 def outcomes_of(done: Sequence[RawOutcome], logged_at: float = NOW) -> list[OutcomeRows]:

@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 ALLOWED_LABELS: Final = frozenset(
     {
         "release", "arm", "stage", "source", "outcome", "result", "rung", "kind", "view", "rollout", "slice", "metric",
-        "statistic",
+        "statistic", "topic", "partition",
     }
 )  # fmt: skip
 _NAME = re.compile(r"^reelway_[a-z]+(_[a-z0-9]+)+$")

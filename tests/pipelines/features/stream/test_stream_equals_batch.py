@@ -1,14 +1,16 @@
-"""The stream and the batch job produce the same rows at the same times, for any order of outcomes and any crash."""
+"""The stream and the batch job produce the same rows at the same times, for any history and any crash."""
 
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -17,85 +19,85 @@ from tests.support.dimensions import DIMENSIONS
 from tests.support.pipelines.stream_fixtures import (
     START_US,
     TTL_US,
-    ReportedOutcomeFixture,
+    LoggedEvent,
+    SteppedClock,
+    append,
     batch_events,
     batch_table,
     catalogue,
-    dataset_labels,
+    open_logs,
     record_of,
 )
 
 from reelway.pipelines.features import views
 from reelway.pipelines.features.labels import times_us
 from reelway.pipelines.features.stream.due_times import due_and_next
-from reelway.pipelines.features.stream.engine import EmittedRows
-from reelway.pipelines.features.stream.processor import StreamProcessor, StreamSettings
-from reelway.pipelines.features.stream.service import StreamMetrics
-from reelway.pipelines.features.stream.state import StreamState
+from reelway.pipelines.features.stream.entity_views import EmittedRows
+from reelway.pipelines.features.stream.local_stream import LocalStream
+from reelway.pipelines.features.stream.metrics import StreamMetrics
+from reelway.pipelines.features.stream.service import record_batch
+from reelway.pipelines.features.stream.sqlite_store import SqliteStore
 from reelway.pipelines.features.stream.time_buckets import ENTITY_KEYS, STREAMED, emission_schedules
+from reelway.pipelines.features.stream.video_facts import VideoFacts
 from reelway.pipelines.features.views import ViewSettings
 from reelway.platform.contracts.events import OutcomeType
-from reelway.platform.eventlog.sqlite_log import SqliteLog
+from reelway.platform.eventlog.topics import Topic
 
 SECOND_US = 1_000_000
-LATENESS_S = 120.0
 VIEWS = ViewSettings(DIMENSIONS)
-LABELS = dataset_labels()
+NO_FACTS = VideoFacts(Path("absent"))
 SPANS_S = (1, 7, 600, 4_000, 50_000, 100_000)
 
 
 @st.composite
-def histories(draw: st.DrawFn) -> list[ReportedOutcomeFixture]:
-    """Draws outcomes of a few impressions, sorted by time; some are repeated, some are after the horizon."""
-    done = []
+def histories(draw: st.DrawFn) -> list[LoggedEvent]:
+    """Draws events of a few impressions, sorted by time.
+
+    Some outcomes are repeated, some are after the horizon, and some precede their exposure or have none.
+    """
+    logged = []
     shown_us = START_US
-    for impression in range(draw(st.integers(1, 7))):
+    for impression in range(1, draw(st.integers(1, 7)) + 1):
         shown_us += draw(st.sampled_from(SPANS_S)) * SECOND_US + draw(st.integers(0, 3)) * 250_000
         viewer, video = draw(st.sampled_from([100, 101, 200])), draw(st.sampled_from([1, 2, 3, 4, 5, 6]))
         time_us = shown_us
-        for kind in draw(st.lists(st.sampled_from(list(OutcomeType)), min_size=1, max_size=4)):
+        for kind in draw(st.lists(st.sampled_from([None, *OutcomeType]), min_size=1, max_size=4)):
             time_us += draw(st.sampled_from([0, 250_000, 3 * SECOND_US, 3_700 * SECOND_US, 90_000 * SECOND_US]))
             value = draw(st.sampled_from([0.0, 3_000.0, 25_000.25])) if kind is OutcomeType.WATCH else 1.0
-            done.append(ReportedOutcomeFixture(impression + 1, viewer, video, kind, value, shown_us, time_us))
-    return sorted(done, key=lambda outcome: outcome.time_us)
-
-
-class Clock:
-    now_us = START_US
-
-    def __call__(self) -> float:
-        return self.now_us / 1e6
+            logged.append(LoggedEvent(impression, viewer, video, kind, value, shown_us, time_us))
+    return sorted(logged, key=lambda event: event.time_us)
 
 
 def stream(
-    folder: Path, batches: list[list[ReportedOutcomeFixture]], ends_us: list[int], *, crashes: bool = False
+    folder: Path, batches: list[list[LoggedEvent]], ends_us: list[int], *, crashes: bool = False
 ) -> list[EmittedRows]:
-    """Returns the rows that the stream emitted. With ``crashes``, a new processor runs every micro-batch."""
-    clock, emitted = Clock(), []
-    log, state = SqliteLog(folder / "log.db", clock=clock), StreamState(folder / "state.db")
-    processor: StreamProcessor | None = None
+    """Returns the rows that the stream emitted. With ``crashes``, a new process runs every micro-batch."""
+    clock, emitted = SteppedClock(START_US), []
+    logs, store = open_logs(folder, clock), SqliteStore(folder / "state.db")
+    running: LocalStream | None = None
     for number, (batch, end_us) in enumerate(zip(batches, ends_us, strict=True)):
-        append_one(log, batch, number)
         clock.now_us = end_us
-        if processor is None or crashes:
-            state.close()
-            state = StreamState(folder / "state.db")
-            processor = StreamProcessor(
-                log, state, None, VIEWS, TTL_US, StreamSettings(LATENESS_S, max_records=3), clock
+        append(logs, batch, number)
+        if running is None or crashes:
+            store.close()
+            store = SqliteStore(folder / "state.db")
+            running = LocalStream(
+                logs, store, None, VIEWS, TTL_US, NO_FACTS, max_records=draw_limit(number), clock=clock
             )
-            processor.start(catalogue(), LABELS, behind_us=0)
-        emitted += processor.run_micro_batch(wait_s=0).emitted
-    assert processor is not None
-    while (done := processor.run_micro_batch(wait_s=0)).steps or done.outcomes:
+            running.start(catalogue, behind_us=0)
+        emitted += running.run_micro_batch(wait_s=0).emitted
+    assert running is not None
+    while (done := running.run_micro_batch(wait_s=0)).steps or done.records:
         emitted += done.emitted
-    state.close()
-    log.close()
+    store.close()
+    for log in logs.values():
+        log.close()
     return emitted
 
 
-def append_one(log: SqliteLog, batch: list[ReportedOutcomeFixture], number: int) -> None:
-    if batch:
-        log.append([record_of(batch, number)])
+def draw_limit(number: int) -> int:
+    """Returns limits of a micro-batch's records that leave some records unread."""
+    return 1 + number % 3
 
 
 def by_moment(emitted: list[EmittedRows]) -> dict[tuple[str, int, int], dict[str, Any]]:
@@ -108,9 +110,7 @@ def by_moment(emitted: list[EmittedRows]) -> dict[tuple[str, int, int], dict[str
     return rows
 
 
-def expected_rows(
-    done: list[ReportedOutcomeFixture], first_us: int, last_us: int
-) -> dict[tuple[str, int, int], dict[str, Any]]:
+def expected_rows(done: list[LoggedEvent], first_us: int, last_us: int) -> dict[tuple[str, int, int], dict[str, Any]]:
     """Returns every row of the batch job at each of its grid points, computed from the outcomes known by then.
 
     The known outcomes change only when an outcome arrives. So one run of the batch job is valid until the next one.
@@ -122,7 +122,7 @@ def expected_rows(
         last_us,
     ]
     for from_us, to_us in pairwise(moments):
-        events = batch_events(done, from_us + 1, LABELS)
+        events = batch_events(done, from_us + 1)
         for view in STREAMED:
             table = batch_table(view, events, to_us, VIEWS)
             at_us = times_us(table["event_timestamp"])
@@ -136,32 +136,27 @@ def without_expiries(rows: dict[tuple[str, int, int], dict[str, Any]]) -> dict[t
     return {moment: row for moment, row in rows.items() if any(v is not None for n, v in row.items() if n not in key)}
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(done=histories(), data=st.data())
-def test_stream_rows_equal_batch_rows_for_any_order_with_crashes(
-    done: list[ReportedOutcomeFixture], data: st.DataObject
+def test_stream_rows_equal_batch_rows_for_any_history_with_crashes(
+    done: list[LoggedEvent], data: st.DataObject
 ) -> None:
-    """Outcomes arrive in any order within the allowed lateness, in batches of any size, with crashes between them."""
-    jitter = [data.draw(st.integers(0, int(LATENESS_S) - 1)) for _ in done]
-    arrivals = sorted(range(len(done)), key=lambda i: (done[i].time_us + jitter[i] * SECOND_US, i))
-    batches: list[list[ReportedOutcomeFixture]] = []
-    ends: list[int] = []
-    for i in arrivals:
-        came_us = done[i].time_us + jitter[i] * SECOND_US
+    """Events are appended in batches of any size; an event's time is that of its batch."""
+    batches: list[list[LoggedEvent]] = []
+    for event in done:
         if batches and data.draw(st.booleans()):
-            batches[-1].append(done[i])
-            ends[-1] = max(ends[-1], came_us)
+            batches[-1].append(event)
         else:
-            batches.append([done[i]])
-            ends.append(came_us)
+            batches.append([event])
+    batches = [[replace(event, time_us=batch[-1].time_us) for event in batch] for batch in batches]
+    ends = [batch[-1].time_us for batch in batches]
     tail_us = ends[-1] + data.draw(st.sampled_from([200, 4_000, 200_000])) * SECOND_US
-    batches.append([])
-    ends.append(tail_us)
-    first_us = -(-int(max(times_us(LABELS["outcome_time"])) + 1) // SECOND_US) * SECOND_US
+    first_us = -(-int(max(times_us(catalogue().labels["outcome_time"])) + 1) // SECOND_US) * SECOND_US
     with tempfile.TemporaryDirectory() as folder:
-        emitted = stream(Path(folder), batches, ends, crashes=data.draw(st.booleans()))
-    last_us = (tail_us - int(LATENESS_S * SECOND_US)) // SECOND_US * SECOND_US
-    actual, expected = without_expiries(by_moment(emitted)), expected_rows(done, first_us, last_us)
+        emitted = stream(Path(folder), [*batches, []], [*ends, tail_us], crashes=data.draw(st.booleans()))
+    logged = [event for batch in batches for event in batch]
+    actual = without_expiries(by_moment(emitted))
+    expected = expected_rows(logged, first_us, tail_us // SECOND_US * SECOND_US)
     assert sorted(actual) == sorted(expected)
     for key, row in expected.items():
         assert actual[key] == row, key
@@ -187,26 +182,64 @@ def test_next_due_time_equals_the_batch_jobs_next_point(view: str) -> None:
             assert last_us[entity] == max(entity_points_us[entity_points_us <= moment], default=-(1 << 62))
 
 
-def test_metrics_count_outcomes_by_result(tmp_path: Path) -> None:
-    clock = Clock()
-    log, state = SqliteLog(tmp_path / "log.db", clock=clock), StreamState(tmp_path / "state.db")
-    like = ReportedOutcomeFixture(1, 100, 1, OutcomeType.LIKE, 1.0, START_US, START_US + SECOND_US)
+def test_metrics_count_events_by_result(tmp_path: Path) -> None:
+    clock = SteppedClock(START_US + SECOND_US)
+    logs, store = open_logs(tmp_path, clock), SqliteStore(tmp_path / "state.db")
+    like = LoggedEvent(1, 100, 1, OutcomeType.LIKE, 1.0, START_US, START_US + SECOND_US)
+    exposure = replace(like, impression=2, kind=None)
+    unknown = replace(like, impression=3, viewer=101, video=99)
+    late = replace(like, impression=4, shown_us=START_US - 2 * views.DAY_US)
     for number in range(2):
-        append_one(log, [like], number)
-    append_one(log, [ReportedOutcomeFixture(2, 101, 99, OutcomeType.LIKE, 1.0, START_US, START_US + 2 * SECOND_US)], 2)
-    processor = StreamProcessor(log, state, None, VIEWS, TTL_US, StreamSettings(LATENESS_S), clock)
-    processor.start(catalogue(), LABELS, behind_us=0)
+        append(logs, [like, exposure], number)
+    append(logs, [unknown], 2)
+    append(logs, [late], 3)
+    running = LocalStream(logs, store, None, VIEWS, TTL_US, NO_FACTS, clock=clock)
+    running.start(catalogue, behind_us=0)
     clock.now_us = START_US + 600 * SECOND_US
     registry = CollectorRegistry()
     metrics = StreamMetrics(registry)
-    while (done := processor.run_micro_batch(wait_s=0)).steps or done.outcomes:
-        metrics.record_batch(done, processor, clock(), {"viewer_history": SECOND_US})
-    state.close()
-    log.close()
+    while (done := running.run_micro_batch(wait_s=0)).steps or done.records:
+        record_batch(metrics, done, clock.now_us + 7 * SECOND_US, {"viewer_history": SECOND_US})
+    metrics.record_lag(running.lag_records())
+    append(logs, [late], 4)
+    metrics.record_lag(running.lag_records())
+    store.close()
+    for log in logs.values():
+        log.close()
 
-    def outcomes(result: str) -> float | None:
-        return registry.get_sample_value("reelway_stream_outcomes_total", {"result": result})
+    def sample(name: str, **labels: str) -> float | None:
+        return registry.get_sample_value(f"reelway_stream_{name}", labels)
 
-    assert [outcomes(result) for result in ("applied", "repeated", "too_late", "unknown_video")] == [1, 1, 0, 1]
-    assert registry.get_sample_value("reelway_stream_late_outcomes_total") == 0
-    assert registry.get_sample_value("reelway_stream_lag_seconds") == LATENESS_S
+    assert [sample("outcomes_total", result=result) for result in ("applied", "repeated", "too_late")] == [1, 1, 1]
+    assert [sample("exposures_total", result=result) for result in ("applied", "repeated")] == [1, 1]
+    assert sample("parked_records_total", kind="unknown_video") == 1
+    assert sample("lag_seconds") == 7
+    assert sample("lag_records", topic="outcomes", partition="0") == 1
+    assert sample("lag_records", topic="exposures", partition="0") == 0
+
+
+def test_impression_without_outcomes_counts(tmp_path: Path) -> None:
+    """The viewer ignored the video: one more impression, and no change of history and affinity."""
+    exposure = LoggedEvent(1, 100, 1, None, 1.0, START_US, START_US + SECOND_US)
+    emitted = stream(tmp_path, [[exposure], []], [exposure.time_us, START_US + 3_600 * SECOND_US])
+    rows = {(view, entity): row for (view, entity, at_us), row in by_moment(emitted).items() if at_us > START_US}
+    assert rows["viewer_activity", 100]["impressions_1d"] == 5
+    assert rows["video_engagement", 1]["video_impressions_1h"] == 1
+    assert ("viewer_history", 100) not in rows
+
+
+def test_unstamped_record_uses_the_data_sets_video(tmp_path: Path) -> None:
+    """Records of older writers state neither creator nor duration."""
+    pq.write_table(catalogue().videos, tmp_path / "videos.parquet")
+    clock = SteppedClock(START_US + SECOND_US)
+    logs, store = open_logs(tmp_path, clock), SqliteStore(tmp_path / "state.db")
+    like = LoggedEvent(1, 100, 2, OutcomeType.LIKE, 1.0, START_US, clock.now_us)
+    logs[Topic.OUTCOMES].append([record_of([like], 0, stamped=False)])
+    clock.now_us += 3_600 * SECOND_US
+    running = LocalStream(logs, store, None, VIEWS, TTL_US, VideoFacts(tmp_path / "videos.parquet"), clock=clock)
+    running.start(catalogue, behind_us=0)
+    done = running.run_micro_batch(wait_s=0)
+    store.close()
+    assert done.results["outcomes", "applied"] == 1
+    (history,) = [one.rows for one in done.emitted if one.view == "viewer_history"]
+    assert history["history_videos"][0].as_py()[-1] == 2

@@ -11,19 +11,18 @@ import pyarrow as pa
 import pytest
 from tests.support.dimensions import DIMENSIONS
 from tests.support.pipelines.event_tables import random_dataset
-from tests.support.pipelines.stream_fixtures import ReportedOutcomeFixture, record_of
+from tests.support.pipelines.stream_fixtures import LoggedEvent, append, open_logs
 from tests.support.pipelines.view_files import write_views
 
 from reelway.pipelines.features.materialisation import materialise, write_rows
 from reelway.pipelines.features.parity import ParityReport, replay
 from reelway.pipelines.features.registry import register_features
-from reelway.pipelines.features.stream.processor import StreamProcessor, StreamSettings
+from reelway.pipelines.features.stream.local_stream import LocalStream
 from reelway.pipelines.features.stream.replay import replay_log
-from reelway.pipelines.features.stream.service import catalogue_of, view_settings
+from reelway.pipelines.features.stream.run_inputs import load_dataset, video_facts, view_settings, view_ttl_us
 from reelway.pipelines.features.stream.sinks import FeatureSinks
-from reelway.pipelines.features.stream.state import StreamState
-from reelway.pipelines.features.stream.time_buckets import STREAMED
-from reelway.pipelines.features.training_rows import LABELS_FILE, read_feature_file, video_snapshot, viewer_snapshot
+from reelway.pipelines.features.stream.sqlite_store import SqliteStore
+from reelway.pipelines.features.training_rows import video_snapshot, viewer_snapshot
 from reelway.pipelines.features.views import ViewSettings
 from reelway.pipelines.release_tables import write_videos
 from reelway.platform.atomic_files import write_json
@@ -31,6 +30,7 @@ from reelway.platform.contracts.api import RecommendRequest
 from reelway.platform.contracts.events import OutcomeType
 from reelway.platform.eventlog.feature_changelog import FeatureChangelog
 from reelway.platform.eventlog.sqlite_log import SqliteLog
+from reelway.platform.eventlog.topics import Topic
 from reelway.platform.features.assembly import assemble_videos, columns_from_table
 from reelway.platform.features.feast_store import open_feature_store
 from reelway.platform.features.vector_log import VectorLog
@@ -43,7 +43,6 @@ from reelway.serving.video_table import open_video_table
 SECOND_US = 1_000_000
 DATASET_AGE_S = 400 * 86_400
 """Time since the end of the data set. The stream's time continues from the end of the data set."""
-SETTINGS = StreamSettings(lateness_s=1.0)
 
 
 class InlineExecutor:
@@ -58,16 +57,18 @@ class StreamFixture:
     """A run with its stream, as a server sees it."""
 
     run: RunDirectory
-    log: SqliteLog
-    processor: StreamProcessor
+    logs: dict[Topic, SqliteLog]
+    processor: LocalStream
     clock_us: int
 
-    def append(self, number: int, *done: ReportedOutcomeFixture) -> None:
-        self.log.append([record_of(done, number)])
+    def append(self, number: int, *done: LoggedEvent) -> None:
+        """Appends events at their time."""
+        self.clock_us = done[0].time_us
+        append(self.logs, done, number)
 
     def advance_to(self, clock_us: int) -> None:
         self.clock_us = clock_us
-        while (done := self.processor.run_micro_batch(wait_s=0)).outcomes or done.steps:
+        while (done := self.processor.run_micro_batch(wait_s=0)).records or done.steps:
             pass
 
 
@@ -79,23 +80,20 @@ def streamed(tmp_path_factory: pytest.TempPathFactory) -> StreamFixture:
     materialise(run.features, until_us / 1e6)
     write_json(run.record_path("features"), {"config": {"views": asdict(ViewSettings(DIMENSIONS))}})
     fixture = StreamFixture(run, None, None, until_us + DATASET_AGE_S * SECOND_US)  # type: ignore[arg-type]
-    fixture.log = SqliteLog(run.event_log, clock=lambda: fixture.clock_us / 1e6)
+    fixture.logs = open_logs(run.events, lambda: fixture.clock_us / 1e6)
     fixture.append(0, done(0, 500, 1001, OutcomeType.LIKE, fixture.clock_us))
-    store = open_feature_store(run.features)
-    ttl_us = {view: int(store.get_feature_view(view).ttl.total_seconds() * SECOND_US) for view in STREAMED}
-    fixture.processor = StreamProcessor(
-        fixture.log, StreamState(run.path / "stream" / "state.db"), FeatureSinks(store, FeatureChangelog(run.overlay)),
-        view_settings(run), ttl_us, SETTINGS, lambda: fixture.clock_us / 1e6,
+    sinks = FeatureSinks(open_feature_store(run.features), FeatureChangelog(run.overlay))
+    fixture.processor = LocalStream(
+        fixture.logs, SqliteStore(run.path / "stream" / "state.db"), sinks, view_settings(run), view_ttl_us(run),
+        video_facts(run), clock=lambda: fixture.clock_us / 1e6,
     )  # fmt: skip
-    fixture.processor.start(catalogue_of(run), read_feature_file(run.features / LABELS_FILE))
+    fixture.processor.start(lambda: load_dataset(run))
     assert labels.num_rows
     return fixture
 
 
-def done(
-    number: int, viewer: int, video: int, kind: OutcomeType, at_us: int, value: float = 1.0
-) -> ReportedOutcomeFixture:
-    return ReportedOutcomeFixture(10**9 + number, viewer, video, kind, value, at_us - 9 * SECOND_US, at_us)
+def done(number: int, viewer: int, video: int, kind: OutcomeType | None, at_us: int, value: float = 1.0) -> LoggedEvent:
+    return LoggedEvent(10**9 + number, viewer, video, kind, value, at_us - 9 * SECOND_US, at_us)
 
 
 def serve(streamed: StreamFixture, path: Path) -> int:
@@ -123,6 +121,7 @@ def serve(streamed: StreamFixture, path: Path) -> int:
                 done(100 * hour + i // 2, 500 + hour % 7, 1000 + int(rng.integers(60)), OutcomeType(kind), now_us, 9e3)
                 for i, kind in enumerate(kinds)
             ),
+            *(done(100 * hour + 50 + i, 500 + hour % 7, 1000 + int(rng.integers(60)), None, now_us) for i in range(3)),
         )
         streamed.advance_to(now_us + int(rng.integers(2, 9)) * SECOND_US)
         overlay.poll()
@@ -137,7 +136,7 @@ def serve(streamed: StreamFixture, path: Path) -> int:
 
 
 def parity(streamed: StreamFixture, folder: Path, path: Path) -> ParityReport:
-    replay_log(streamed.run, streamed.log, folder, streamed.processor.behind_us, SETTINGS)
+    replay_log(streamed.run, streamed.logs, folder, streamed.processor.behind_us)
     return replay(folder, path)
 
 
@@ -169,7 +168,7 @@ def test_served_values_equal_the_offline_join_over_the_log(streamed: StreamFixtu
 def test_like_is_in_the_viewers_row_once_its_second_is_complete(streamed: StreamFixture) -> None:
     now_us = streamed.clock_us + 100 * SECOND_US
     streamed.append(10_001, done(10**6, 533, 1042, OutcomeType.LIKE, now_us))
-    streamed.advance_to(now_us + int((SETTINGS.lateness_s + 1) * SECOND_US))
+    streamed.advance_to(now_us + SECOND_US)
     row = ViewerRowReader(open_feature_store(streamed.run.features)).read(533)
     assert row["history_videos"][-1] == 1042
     assert row["history_weights"][-1] == 1.0

@@ -1,4 +1,4 @@
-"""The stream as a service: a run's own features, an event log on a real Kafka broker, and the exported metrics."""
+"""The stream as a service: a run's own features and event log, the online store and the exported metrics."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from confluent_kafka import Producer
 from tests.support.dimensions import DIMENSIONS
-from tests.support.eventlog.kafka_broker import Broker
 from tests.support.pipelines.event_tables import random_dataset
-from tests.support.pipelines.stream_fixtures import ReportedOutcomeFixture, record_of
+from tests.support.pipelines.stream_fixtures import LoggedEvent, record_of
 from tests.support.pipelines.view_files import write_views
 
 from reelway.pipelines.features.materialisation import materialise
@@ -25,13 +23,14 @@ from reelway.pipelines.features.stream.service import StreamOptions, run_stream
 from reelway.pipelines.features.views import ViewSettings
 from reelway.platform.atomic_files import write_json
 from reelway.platform.contracts.events import OutcomeType
-from reelway.platform.eventlog import open_event_log
+from reelway.platform.eventlog import LogRecord
 from reelway.platform.eventlog.parked_records import ParkedRecords
+from reelway.platform.eventlog.topics import Topic, open_topic
 from reelway.platform.features.feast_store import open_feature_store
 from reelway.platform.features.viewer_rows import ViewerRowReader
 from reelway.platform.run_directory import RunDirectory
 
-pytestmark = [pytest.mark.long, pytest.mark.kafka]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -67,17 +66,16 @@ def wait_until(condition: Callable[[], bool], description: str) -> None:
         time.sleep(0.1)
 
 
-def parked_after_like(run: RunDirectory, address: str, number: int, video: int) -> float | None:
+def parked_after_like(run: RunDirectory, number: int, video: int) -> float | None:
     """Runs the stream until a new like is in the viewer's row. Returns how many empty records were parked."""
     port, stop = free_port(), threading.Event()
-    service = threading.Thread(
-        target=run_stream, args=(run, StreamOptions(events=address, metrics_port=port), stop), daemon=True
-    )
+    options = StreamOptions(metrics_port=port)
+    service = threading.Thread(target=run_stream, args=(run, options, stop), daemon=True)
     rows = ViewerRowReader(open_feature_store(run.features))
     now_us = time.time_ns() // 1000
-    like = ReportedOutcomeFixture(10**9 + number, 533, video, OutcomeType.LIKE, 1.0, now_us - 9_000_000, now_us)
-    with closing(open_event_log(address)) as log:
-        log.append([record_of([like], number)])
+    like = LoggedEvent(10**9 + number, 533, video, OutcomeType.LIKE, 1.0, now_us - 9_000_000, now_us)
+    with closing(open_topic(run.events, Topic.OUTCOMES)) as log:
+        log.append([record_of([like], number, stamped=False)])
     service.start()
     try:
         wait_until(lambda: rows.read(533)["history_videos"][-1] == video, f"{video} is not in the row")
@@ -89,16 +87,11 @@ def parked_after_like(run: RunDirectory, address: str, number: int, video: int) 
         assert not service.is_alive()
 
 
-def test_like_behind_a_tombstone_changes_the_viewers_row(run: RunDirectory, broker: Broker) -> None:
-    """Partition 0 begins with a tombstone; partition 1 was emptied by retention; the stream runs twice."""
-    topic = broker.topic(2)
-    producer = Producer({"bootstrap.servers": broker.servers})
-    for partition in range(2):
-        producer.produce(topic, None, partition=partition)
-    assert producer.flush(10) == 0
-    broker.delete_records(topic, 1, 1)
-    address = f"kafka://{broker.servers}/{topic}"
-    assert parked_after_like(run, address, 1, 1042) == 1
-    assert parked_after_like(run, address, 2, 1043) == 0
+def test_like_behind_a_tombstone_changes_the_viewers_row(run: RunDirectory) -> None:
+    """The stream runs twice, with the system's clock."""
+    with closing(open_topic(run.events, Topic.OUTCOMES)) as log:
+        log.append([LogRecord("tombstone", 0, b"")])
+    assert parked_after_like(run, 1, 1042) == 1
+    assert parked_after_like(run, 2, 1043) == 0
     with closing(ParkedRecords(run.path / "stream" / "parked.db")) as parked:
-        assert [(one.log, one.partition, one.offset, one.kind) for one in parked.records()] == [(topic, 0, 0, "empty")]
+        assert [(one.offset, one.kind) for one in parked.records()] == [(1, "empty")]

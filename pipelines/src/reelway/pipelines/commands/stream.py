@@ -28,19 +28,21 @@ def stream(
     overlay: str = typer.Option(
         "", "--changelog", help="Changelog for video features to write: a path or fsspec URL. Defaults to RUN/overlay."
     ),
-    lateness_s: float = typer.Option(
-        1.0, "--allowed-lateness", min=0.0,
-        help="Longest time, in seconds, from the receipt of an outcome until it is in the event log.",
-    ),
     metrics_port: int | None = typer.Option(
         None, min=1, max=65535, help="Port of the Prometheus metrics. By default no metrics are served."
+    ),
+    state: Path | None = typer.Option(
+        None, "--state", help="Folder of the state and of records that cannot be read. Defaults to RUN/stream."
     ),
 ) -> None:  # fmt: skip
     """Update viewers' and videos' features from the event log until Ctrl-C or SIGTERM.
 
     The values equal those that `reelway features` computes at the same time. Viewers' rows are written to the online
-    store, videos' rows to the changelog that `reelway serve` reads. The state is stored in RUN/stream/state.db; after a
-    crash the command resumes from it. Without a stored state it starts at the end of the data set.
+    store, videos' rows to the changelog that `reelway serve` reads. After a crash the command resumes from its stored
+    state. Without a stored state it starts at the end of the data set.
+
+    If the event log is on Kafka, several processes share the work; each needs a state folder of its own. A process
+    restores a missing state from Kafka.
 
     \b
     Examples:
@@ -52,26 +54,33 @@ def stream(
     import signal
     import threading
 
-    from reelway.pipelines.features.stream.processor import MicroBatchResult, StreamSettings
+    from reelway.pipelines.features.stream.local_stream import MicroBatchResult
     from reelway.pipelines.features.stream.service import StreamOptions
     from reelway.pipelines.features.stream.service import run_stream as run_stream
     from reelway.platform.cli.terminal import print_status
+    from reelway.platform.eventlog.addresses import KAFKA
     from reelway.platform.run_directory import RunDirectory
 
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    totals = {"outcomes": 0, "rows": 0}
+    totals = {"events": 0, "rows": 0}
 
     def print_result(done: MicroBatchResult) -> None:
-        totals["outcomes"] += done.outcomes
-        totals["rows"] += sum(done.rows.values())
-        if done.outcomes or any(done.rows.values()):
-            print_status(f"stream: {done.outcomes} outcomes read, {sum(done.rows.values())} rows written")
+        events, rows = done.events.total(), sum(done.rows.values())
+        totals["events"] += events
+        totals["rows"] += rows
+        if events or rows:
+            print_status(f"stream: {events} events read, {rows} rows written")
 
-    options = StreamOptions(events, overlay, metrics_port, StreamSettings(lateness_s=lateness_s))
+    options = StreamOptions(events, overlay, metrics_port, state)
+    if events.startswith(KAFKA):
+        from reelway.pipelines.features.stream.quix_service import run_member
+
+        print_status(f"stream: updating the features of {run} as a member of a group; stop with Ctrl-C")
+        run_member(RunDirectory(run), options, stop)
+        print_status("stream: stopped; all rows are in the log")
+        return
     print_status(f"stream: updating the features of {run}; stop with Ctrl-C")
     run_stream(RunDirectory(run), options, stop, print_result)
-    print_status(
-        f"stream: stopped after {totals['outcomes']} outcomes and {totals['rows']} rows; all rows are delivered"
-    )
+    print_status(f"stream: stopped after {totals['events']} events and {totals['rows']} rows; all rows are delivered")

@@ -37,13 +37,14 @@ def open_event_log(address: str | Path) -> EventLog:
 
 
 def client_settings() -> dict[str, Any]:
-    """Returns librdkafka's settings of the environment.
+    """Returns the settings of librdkafka in the environment.
 
     Raises:
-        ConfigError: if a line is not ``name=value``.
+        ConfigError: if they are not lines of ``name=value``.
     """
     settings = {}
-    for line in filter(None, (line.strip() for line in os.environ.get(SETTINGS_VARIABLE, "").splitlines())):
+    lines = os.environ.get(SETTINGS_VARIABLE, "").splitlines()
+    for line in filter(None, (line.strip() for line in lines)):
         name, separator, value = line.partition("=")
         if not separator or not name.strip():
             raise ConfigError(f"{SETTINGS_VARIABLE}: saw {name[:40]!r}, expected lines of name=value")

@@ -27,14 +27,14 @@ def viewer_partitions(viewer_ids: NDArray[np.integer[Any]], partitions: int) -> 
     return (mix64(viewer_ids.astype(np.uint64)) % np.uint64(partitions)).astype(np.int64)
 
 
-def encode_by_viewer(rows: pa.RecordBatch, partitions: int, time_us: int, max_record_bytes: int) -> Iterator[LogRecord]:
+def encode_by_viewer(rows: pa.RecordBatch, partitions: int, max_record_bytes: int) -> Iterator[LogRecord]:
     """Encodes a batch with a column ``viewer_id``. All rows of a viewer share a partition.
 
     A record of more than ``max_record_bytes`` is split. Its parts follow each other in their order.
     """
     for partition, selected in _by_partition(rows, partitions):
         for payload in _encoded_parts(selected, max_record_bytes):
-            yield LogRecord(uuid4().hex, partition, time_us, payload)
+            yield LogRecord(uuid4().hex, partition, payload)
 
 
 def encode_rows(rows: pa.RecordBatch) -> bytes:

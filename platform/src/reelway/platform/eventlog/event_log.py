@@ -15,7 +15,6 @@ class LogRecord(NamedTuple):
 
     id: str  # SQLite keeps one record per id; Kafka may keep a record that was sent twice
     partition: int  # 0..partitions-1; records whose relative order matters share a partition
-    time_us: int  # when it was appended, by the appender's clock
     payload: bytes
     key: str = ""  # a compacted topic keeps the newest record of each key; empty: the id is the key
 
@@ -25,7 +24,7 @@ class StoredRecord(NamedTuple):
 
     partition: int
     offset: int
-    time_us: int
+    time_us: int  # when the log appended it; a partition's times do not decrease
     payload: bytes
 
 
@@ -35,8 +34,8 @@ class ReadBatch:
 
     Offsets without a record, such as those of deleted records, are skipped and do not hold the watermark.
 
-    ``watermark_us``: no unread record was appended before this time, except records that took longer from the
-    appender's clock to the log than the reader's allowed lateness.
+    ``watermark_us``: no unread record was appended before this time. On Kafka, if all partitions are read to their
+    ends, this is the reader's clock.
     """
 
     records: Sequence[StoredRecord]
@@ -71,12 +70,8 @@ class EventLog(Protocol):
         """Reads at most ``limit`` records from the offsets on; waits up to ``wait_s`` seconds for the first."""
         ...
 
-    def committed(self, consumer: str) -> Offsets:
-        """Returns the consumer's committed offsets; empty if it never committed."""
-        ...
-
-    def commit(self, consumer: str, position: Offsets) -> None:
-        """Records that the consumer needs nothing before these offsets again."""
+    def offsets_at(self, time_us: int) -> Offsets:
+        """Returns the offset of each partition's first record appended at or after a time; its end if there is none."""
         ...
 
     def end_offsets(self) -> Offsets:

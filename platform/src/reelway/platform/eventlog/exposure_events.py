@@ -42,11 +42,9 @@ EXPOSURE_EVENT_SCHEMA: Final = pa.schema(
 )
 
 
-def encode_exposures(
-    exposures: pa.RecordBatch, partitions: int, time_us: int, max_record_bytes: int
-) -> Iterator[LogRecord]:
+def encode_exposures(exposures: pa.RecordBatch, partitions: int, max_record_bytes: int) -> Iterator[LogRecord]:
     """Encodes a batch of ``EXPOSURE_EVENT_SCHEMA`` as records. All slates of a viewer share a partition."""
-    return encode_by_viewer(exposures, partitions, time_us, max_record_bytes)
+    return encode_by_viewer(exposures, partitions, max_record_bytes)
 
 
 def decode_exposures(payload: bytes) -> pa.Table:

@@ -1,5 +1,6 @@
 """The event log as a Kafka topic, for clusters. The operator of the Kafka cluster creates the topic.
 
+The topic must have ``message.timestamp.type=LogAppendTime``: a record's time is the broker's, in milliseconds.
 An append returns once all in-sync replicas have the records (``acks=all``). The topic's ``min.insync.replicas`` sets
 how many those are, and the topic's configuration sets the retention. Records of a transaction are in the log when the
 transaction is committed. The client library is imported when a log is opened.
@@ -11,7 +12,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from reelway.platform.errors import ConfigError, StorageError
@@ -29,9 +29,8 @@ FETCH_TIMEOUT_S: Final = 5.0
 POLL_INTERVAL_S: Final = 0.05
 DEFAULT_MAX_MESSAGE_BYTES: Final = 1_048_588
 """Kafka's default of ``max.message.bytes``, used if the topic's own value may not be read."""
-_RECORD_OVERHEAD_BYTES: Final = 512  # headers of a record batch and of its record, id and time
+_RECORD_OVERHEAD_BYTES: Final = 512  # headers of a record batch and of its record, and id
 _READER_GROUP: Final = "reelway-reader"  # of reads, which do not use committed offsets
-_MAX_TIME_US: Final = 1 << 62
 
 _T = TypeVar("_T")
 
@@ -58,6 +57,7 @@ class KafkaLog:
             ) from error
         self._kafka = confluent_kafka
         self.name = topic
+        self.servers = servers
         self._settings = {"bootstrap.servers": servers, **(settings or {})}
         self._lock = threading.RLock()
         self._producer: Producer | None = None
@@ -69,7 +69,7 @@ class KafkaLog:
             self._metadata_client = self._consumer(_READER_GROUP)
         except (confluent_kafka.KafkaException, ValueError, TypeError) as error:
             raise ConfigError(f"Kafka client for {servers}: {error}") from error
-        self.partitions = self._count_partitions()
+        self.partitions, self.replication = self._read_layout()
 
     @property
     def max_record_bytes(self) -> int:
@@ -100,7 +100,6 @@ class KafkaLog:
                 for index, record in enumerate(records):
                     producer.produce(
                         self.name, record.payload, key=(record.key or record.id).encode(), partition=record.partition,
-                        timestamp=record.time_us // 1000, headers={"time_us": str(record.time_us).encode()},
                         on_delivery=on_delivery(index),
                     )  # fmt: skip
                 unanswered = producer.flush(REQUEST_TIMEOUT_S)
@@ -142,21 +141,15 @@ class KafkaLog:
             unread_us = [self._last_us.get(partition, 0) for partition in unread]
             return ReadBatch(records, dict(read_to), min([now_us, *unread_us]))
 
-    def committed(self, consumer: str) -> Offsets:
-        """See ``EventLog.committed``."""
-        with closing(self._consumer(consumer)) as group:
-            committed = self._request(
-                "committed offsets", lambda: group.committed(self._topic_partitions(), timeout=REQUEST_TIMEOUT_S)
+    def offsets_at(self, time_us: int) -> Offsets:
+        """See ``EventLog.offsets_at``."""
+        asked = [self._kafka.TopicPartition(self.name, p, -(-time_us // 1000)) for p in range(self.partitions)]
+        with self._lock:
+            found = self._request(
+                "offsets by time", lambda: self._metadata_client.offsets_for_times(asked, timeout=REQUEST_TIMEOUT_S)
             )
-        return {index.partition: index.offset for index in committed if index.offset >= 0}
-
-    def commit(self, consumer: str, position: Offsets) -> None:
-        """See ``EventLog.commit``."""
-        offsets = [self._kafka.TopicPartition(self.name, *index) for index in position.items()]
-        with closing(self._consumer(consumer)) as group:
-            committed = self._request("commit", lambda: group.commit(offsets=offsets, asynchronous=False))
-        if failed := [index for index in committed if index.error is not None]:
-            raise StorageError(f"{self._description}: cannot commit for {consumer}: {failed[0].error}")
+        ends = self.end_offsets()
+        return {index.partition: index.offset if index.offset >= 0 else ends[index.partition] for index in found}
 
     def end_offsets(self) -> Offsets:
         """See ``EventLog.end_offsets``. An open transaction's records are behind the end."""
@@ -223,14 +216,15 @@ class KafkaLog:
                 raise StorageError(f"{self._description}: cannot read: {error}")
         return records
 
-    def _count_partitions(self) -> int:
+    def _read_layout(self) -> tuple[int, int]:
+        """Returns the number of partitions, and of replicas of each."""
         metadata = self._request(
             "topics", lambda: self._metadata_client.list_topics(self.name, timeout=REQUEST_TIMEOUT_S)
         )
         topic = metadata.topics[self.name]
         if topic.error is not None or not topic.partitions:
             raise StorageError(f"{self._description}: {topic.error or 'no partitions'}; create the topic first")
-        return len(topic.partitions)
+        return len(topic.partitions), len(topic.partitions[0].replicas)
 
     def _read_max_message_bytes(self) -> int:
         from confluent_kafka import admin
@@ -299,10 +293,7 @@ class KafkaLog:
 
 
 def _stored(message: Message) -> StoredRecord:
-    """The record with the appender's time if it has one, else with Kafka's. A tombstone's payload is empty."""
-    headers = dict(message.headers() or [])
-    text = headers.get("time_us") or b""
-    time_us = int(text) if text.isdigit() and len(text) < 20 else _MAX_TIME_US
-    if time_us >= _MAX_TIME_US:
-        time_us = message.timestamp()[1] * 1000
-    return StoredRecord(message.partition() or 0, message.offset() or 0, time_us, message.value() or b"")
+    """A tombstone's payload is empty."""
+    return StoredRecord(
+        message.partition() or 0, message.offset() or 0, message.timestamp()[1] * 1000, message.value() or b""
+    )

@@ -58,11 +58,9 @@ def derive_outcome_ids(impression_id: NDArray[np.int64], kind: NDArray[np.int64]
     return np.asarray(mixed & np.uint64(MAX_ID)).astype(np.int64)
 
 
-def encode_outcomes(
-    outcomes: pa.RecordBatch, partitions: int, time_us: int, max_record_bytes: int
-) -> Iterator[LogRecord]:
+def encode_outcomes(outcomes: pa.RecordBatch, partitions: int, max_record_bytes: int) -> Iterator[LogRecord]:
     """Encodes a batch of ``OUTCOME_EVENT_SCHEMA`` as records. All outcomes of a viewer share a partition."""
-    return encode_by_viewer(outcomes, partitions, time_us, max_record_bytes)
+    return encode_by_viewer(outcomes, partitions, max_record_bytes)
 
 
 def decode_outcomes(payload: bytes) -> pa.Table:

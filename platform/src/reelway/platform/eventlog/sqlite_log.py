@@ -1,11 +1,13 @@
 """The event log in one SQLite file, for one machine and any number of processes. An append returns once it is on disk.
 
-The log has one partition. Retention keeps every record that a consumer which has ever committed still has to read, so
-a consumer that stops for good must be removed with ``remove_consumer``.
+The log has one partition. Records get their time in the transaction that appends them: the clock's time, or that of the
+record before if the clock was set back. Retention deletes old records, whoever has read them. A record with a
+compaction key stays as long as it is the newest of its key.
 """
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,16 +20,22 @@ from reelway.platform.sqlite_file import SqliteFile, SqliteFormat
 _FORMAT: Final = SqliteFormat(
     description="an event log",
     application_id=0x7265656D,
-    version=1,
+    version=2,
     schema=(
         """CREATE TABLE records (
-               offset INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, time_us INTEGER NOT NULL,
-               payload BLOB NOT NULL)""",
-        "CREATE TABLE consumers (name TEXT PRIMARY KEY, next INTEGER NOT NULL) WITHOUT ROWID",
+               offset INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, key TEXT NOT NULL,
+               time_us INTEGER NOT NULL, payload BLOB NOT NULL)""",
+        "CREATE INDEX records_by_time ON records (time_us)",
+        "CREATE INDEX records_by_key ON records (key, offset) WHERE key != ''",
+        # No later record has an earlier time.
+        "CREATE TABLE log_time (newest_us INTEGER NOT NULL)",
+        "INSERT INTO log_time VALUES (0)",
     ),
 )
 MAX_RECORD_BYTES: Final = 1 << 20
 POLL_INTERVAL_S: Final = 0.05
+TIME_INTERVAL_US: Final = 250_000
+"""How far the log's time may be behind the clock before a reader at the log's end advances it."""
 RETENTION_INTERVAL_S: Final = 600.0
 
 
@@ -35,7 +43,7 @@ class SqliteLog:
     """An ``EventLog`` in a file, created when it does not exist.
 
     Args:
-        retain_s: minimum age in seconds at which a record may be deleted, read or not.
+        retain_s: age in seconds from which a record may be deleted.
         busy_timeout_s: how long an operation waits for another process's transaction.
         clock: Unix seconds.
 
@@ -72,17 +80,18 @@ class SqliteLog:
         if time.monotonic() >= self._next_retention:
             self._next_retention = time.monotonic() + RETENTION_INTERVAL_S
             self.apply_retention()
-        rows = [(record.id, record.time_us, record.payload) for record in records]
         with self._file.writing() as db:
+            time_us = self._set_newest_time(db)
             offsets = []
-            for row in rows:
+            for record in records:
                 inserted = db.execute(
-                    "INSERT INTO records (id, time_us, payload) VALUES (?, ?, ?) ON CONFLICT (id) DO NOTHING", row
+                    "INSERT INTO records (id, key, time_us, payload) VALUES (?, ?, ?, ?) ON CONFLICT (id) DO NOTHING",
+                    (record.id, record.key, time_us, record.payload),
                 )
                 if inserted.rowcount:
                     offsets.append(int(inserted.lastrowid or 0))
                 else:
-                    (before,) = db.execute("SELECT offset FROM records WHERE id = ?", row[:1]).fetchone()
+                    (before,) = db.execute("SELECT offset FROM records WHERE id = ?", (record.id,)).fetchone()
                     offsets.append(before)
         return offsets
 
@@ -91,8 +100,9 @@ class SqliteLog:
         first = position.get(0, 1)
         deadline = time.monotonic() + wait_s
         while True:
-            asked_us = int(self._clock() * 1e6)
+            self._advance_time()
             with self._file.reading() as db:
+                (newest_us,) = db.execute("SELECT newest_us FROM log_time").fetchone()
                 rows = db.execute(
                     "SELECT 0, offset, time_us, payload FROM records WHERE offset >= ? ORDER BY offset LIMIT ?",
                     (first, limit),
@@ -103,26 +113,13 @@ class SqliteLog:
         records = [StoredRecord(*row) for row in rows]
         after = records[-1].offset + 1 if records else first
         full = len(records) == limit
-        return ReadBatch(records, {0: after}, records[-1].time_us if full else asked_us)
+        return ReadBatch(records, {0: after}, records[-1].time_us if full else newest_us)
 
-    def committed(self, consumer: str) -> Offsets:
-        """See ``EventLog.committed``."""
+    def offsets_at(self, time_us: int) -> Offsets:
+        """See ``EventLog.offsets_at``."""
         with self._file.reading() as db:
-            row = db.execute("SELECT next FROM consumers WHERE name = ?", (consumer,)).fetchone()
-        return {0: row[0]} if row else {}
-
-    def commit(self, consumer: str, position: Offsets) -> None:
-        """See ``EventLog.commit``. A smaller offset than before is accepted: retained records are read again."""
-        with self._file.writing() as db:
-            db.execute(
-                "INSERT INTO consumers VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET next = excluded.next",
-                (consumer, position.get(0, 1)),
-            )
-
-    def remove_consumer(self, consumer: str) -> None:
-        """Deletes a consumer's committed offset, so that no record is retained for it."""
-        with self._file.writing() as db:
-            db.execute("DELETE FROM consumers WHERE name = ?", (consumer,))
+            (first,) = db.execute("SELECT min(offset) FROM records WHERE time_us >= ?", (time_us,)).fetchone()
+        return self.end_offsets() if first is None else {0: first}
 
     def end_offsets(self) -> Offsets:
         """See ``EventLog.end_offsets``."""
@@ -131,7 +128,7 @@ class SqliteLog:
         return {0: row[0] + 1 if row else 1}
 
     def apply_retention(self) -> int:
-        """Deletes records older than ``retain_s`` that every consumer has read. ``append`` calls it regularly.
+        """Deletes records older than ``retain_s`` except the newest of each key. ``append`` calls it regularly.
 
         Returns:
             The number of deleted records.
@@ -139,10 +136,34 @@ class SqliteLog:
         oldest_us = int((self._clock() - self._retain_s) * 1e6)
         with self._file.writing() as db:
             return db.execute(
-                "DELETE FROM records WHERE time_us < ?"
-                " AND offset < coalesce((SELECT min(next) FROM consumers), 1 << 62)",
+                "DELETE FROM records WHERE time_us < ? AND (key = '' OR EXISTS"
+                " (SELECT 1 FROM records later WHERE later.key = records.key AND later.key != ''"
+                " AND later.offset > records.offset))",
                 (oldest_us,),
             ).rowcount
 
     def close(self) -> None:
         self._file.close()
+
+    def _set_newest_time(self, db: sqlite3.Connection) -> int:
+        """Advances the log's time to the clock's, within a transaction. Returns the log's time."""
+        now_us = int(self._clock() * 1e6)
+        updated = db.execute("UPDATE log_time SET newest_us = max(newest_us, ?) RETURNING newest_us", (now_us,))
+        return int(updated.fetchall()[0][0])
+
+    def _advance_time(self) -> None:
+        """Advances the log's time if it is far behind the clock, so that a reader may use the time until now.
+
+        The write is not synced. If a power failure loses it, the clock is later than it when the log is used again.
+        """
+        with self._file.translated_errors():
+            db = self._file.connection
+            (newest_us,) = db.execute("SELECT newest_us FROM log_time").fetchone()
+            if int(self._clock() * 1e6) - newest_us < TIME_INTERVAL_US:
+                return
+            db.execute("PRAGMA synchronous = NORMAL")
+            try:
+                with self._file.writing():
+                    self._set_newest_time(db)
+            finally:
+                db.execute("PRAGMA synchronous = FULL")

@@ -73,7 +73,7 @@ class EventLogWriter:
             now_us = int(self._clock() * 1e6)
             outcomes = logged_outcomes(filled, now_us)
             events = self._log.get()
-            events.append(list(encode_outcomes(outcomes, events.partitions, now_us, events.max_record_bytes)))
+            events.append(list(encode_outcomes(outcomes, events.partitions, events.max_record_bytes)))
         return [None] * len(parts)
 
 

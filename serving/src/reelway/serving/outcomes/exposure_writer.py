@@ -32,7 +32,6 @@ class ExposureWriter:
     Args:
         open_log: opens the log; called by the thread, again after a failure.
         on_lost: called with each slate that was not appended, by any thread.
-        clock: Unix seconds.
         append_every_s: shortest time between two appends. After a rest, the first append is immediate.
         retry_for_s: how long an append is repeated before its slates are lost. At shutdown it is repeated once.
     """
@@ -42,7 +41,6 @@ class ExposureWriter:
         open_log: Callable[[], AppendLog],
         on_lost: Callable[[SlateExposure], None],
         *,
-        clock: Callable[[], float] = time.time,
         append_every_s: float = 0.1,
         retry_for_s: float = 60.0,
         retry_delay_s: float = 0.5,
@@ -50,7 +48,6 @@ class ExposureWriter:
     ) -> None:
         self._log = LazyLog(open_log)
         self._on_lost = on_lost
-        self._clock = clock
         self._retry_for_s = retry_for_s
         self._retry_delay_s = retry_delay_s
         self._closing = threading.Event()
@@ -95,8 +92,7 @@ class ExposureWriter:
             try:
                 events = self._log.get()
                 if records is None:  # encoded once: a repeated append has the ids of the first
-                    now_us = int(self._clock() * 1e6)
-                    records = list(encode_exposures(rows, events.partitions, now_us, events.max_record_bytes))
+                    records = list(encode_exposures(rows, events.partitions, events.max_record_bytes))
                 events.append(records)
             except StorageError as error:
                 if last_attempt:

@@ -1,6 +1,6 @@
 """Fills the stream's initial state from the labels of the data set.
 
-After that, the stream reads only the log. If the log contains an outcome of an impression of the data set, the outcome
+After that, the stream reads only the log. If the log contains an event of an impression of the data set, the event
 counts as a separate impression. So an impression must not be in both.
 """
 
@@ -8,25 +8,39 @@ counts as a separate impression. So an impression must not be in both.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
+from reelway.pipelines.features.labels import times_us
 from reelway.pipelines.features.stream.due_times import NEVER_US, expiry_us
-from reelway.pipelines.features.stream.engine import EmittedRows, StreamEngine
-from reelway.pipelines.features.stream.open_impressions import HORIZON_US
-from reelway.pipelines.features.stream.state import Entities
+from reelway.pipelines.features.stream.entity_views import EmittedRows, Entities, EntityView
 from reelway.pipelines.features.stream.time_buckets import (
     CREATORS,
-    STREAMED,
-    prune_rows,
+    LAYOUTS,
+    MIN_TIME_US,
+    bucket_start_us,
     sum_rows,
     to_bucket_rows,
-    to_events,
-    view_values_at,
 )
 from reelway.pipelines.features.views import Events
 from reelway.pipelines.features.windows import I64
 from reelway.platform.errors import EmptyDatasetError
+
+Selection = Callable[[I64], NDArray[np.bool_]]
+"""Returns which entities a partition owns. Shapes: ``[E] -> [E]``."""
+
+
+@dataclass(frozen=True)
+class DatasetState:
+    """What a stream begins with: the data set's labelled impressions, videos and creators."""
+
+    labels: pa.Table
+    videos: pa.Table  # columns video_id, creator_id, topic, duration_ms, uploaded_at
+    creators: pa.Table  # columns creator_id, created_at, followers
 
 
 def initial_watermark_us(labels: pa.Table, fine_us: int) -> int:
@@ -41,42 +55,50 @@ def initial_watermark_us(labels: pa.Table, fine_us: int) -> int:
     return -(-known_us // fine_us) * fine_us
 
 
-def bootstrap(engine: StreamEngine, labels: pa.Table, at_us: int) -> list[EmittedRows]:
-    """Fills an empty state. Returns the row of every entity as of ``at_us``, with nulls if the entity has no valid row.
+def bootstrap_view(view: EntityView, dataset: DatasetState, at_us: int, owns: Selection) -> list[EmittedRows]:
+    """Fills a view's empty state with the entities of a partition.
 
-    Must be called within a transaction of the state.
+    Returns:
+        The row of every entity as of ``at_us``, with nulls if the entity has no valid row.
     """
-    events = Events.from_labels(labels)
-    return [rows for view in STREAMED for rows in _load_view(engine, view, events, at_us)]
-
-
-def _load_view(engine: StreamEngine, view: str, events: Events, at_us: int) -> list[EmittedRows]:
-    schedule = engine.schedules[view]
-    entity, rows = sum_rows(view, *to_bucket_rows(view, events, schedule.bucket_us))
-    ids = np.unique(np.concatenate([entity, _without_events(engine, view)]))
-    owner: I64 = np.searchsorted(ids, entity)
+    name, schedule = view.view, view.schedule
+    entity, rows = to_bucket_rows(name, Events.from_labels(dataset.labels), schedule.bucket_us)
+    first_us = np.zeros(0, dtype=np.int64)
+    without_events = first_us
+    if name == CREATORS:
+        more_entity, more = _creator_rows(dataset, schedule.bucket_us)
+        entity, rows = np.concatenate([entity, more_entity]), np.concatenate([rows, more])
+        without_events = dataset.creators["creator_id"].to_numpy()
+        first_us = times_us(dataset.creators["created_at"])
+    mine = owns(entity)
+    entity, rows = sum_rows(name, entity[mine], rows[mine])
+    owned = owns(without_events)
+    without_events, first_us = without_events[owned], first_us[owned]
+    ids = np.unique(np.concatenate([entity, without_events]))
     never = np.full(len(ids), NEVER_US, dtype=np.int64)
-    _, next_us, last_us = engine.due_times(view, schedule, Entities(ids, owner, rows, -never, never), at_us)
-    expires = expiry_us(last_us, engine.ttl_us[view], schedule.grid_us)
+    entities = Entities(ids, np.searchsorted(ids, entity), rows, -never, never)
+    _, next_us, last_us = view.due_times(entities, at_us)
+    created = first_us <= at_us  # the row of a creator's creation time
+    np.maximum.at(last_us, np.searchsorted(ids, without_events[created]), first_us[created])
+    expires = expiry_us(last_us, view.rules.ttl_us[name], schedule.grid_us)
     alive = (last_us > -NEVER_US) & (expires > at_us)
-    emitted = [EmittedRows(view, engine.expired_rows(view, ids[~alive], at_us))] if (~alive).any() else []
+    emitted = [EmittedRows(name, view.expired_rows(ids[~alive], at_us))] if (~alive).any() else []
     if alive.any():
-        points = (ids[alive], last_us[alive])
-        creators = engine.creators_of(view, ids)
-        emitted.append(
-            EmittedRows(
-                view, view_values_at(view, to_events(view, ids[owner], rows), engine.settings, points, creators)
-            )
-        )
-    owner, rows = prune_rows(view, schedule, owner, rows, at_us, at_us + engine.behind_us - HORIZON_US)
-    last_us = np.where(alive, last_us, -NEVER_US)
+        emitted.append(EmittedRows(name, view.values_at(entities, alive, last_us[alive])))
+    owner, rows = view.prune(entities, at_us)
     due_us = np.minimum(next_us, np.where(alive, expires, NEVER_US))
-    engine.state.save(view, Entities(ids, owner, rows, last_us, due_us))
+    view.save(Entities(ids, owner, rows, np.where(alive, last_us, -NEVER_US), due_us), never)
     return emitted
 
 
-def _without_events(engine: StreamEngine, view: str) -> I64:
-    """Returns creators whose rows come from their uploads alone; such rows exist from the creator's creation time."""
-    if view != CREATORS:
-        return np.zeros(0, dtype=np.int64)
-    return np.asarray(engine.catalogue.creators["creator_id"].to_numpy(), dtype=np.int64)
+def _creator_rows(dataset: DatasetState, bucket_us: int) -> tuple[I64, I64]:
+    """Returns the creators' initial followers and their uploads as bucket rows."""
+    columns = LAYOUTS[CREATORS].columns
+    creator, uploader = dataset.creators["creator_id"].to_numpy(), dataset.videos["creator_id"].to_numpy()
+    followers = np.zeros((len(creator), len(columns)), dtype=np.int64)
+    followers[:, 0] = MIN_TIME_US
+    followers[:, columns.index("follow")] = dataset.creators["followers"].to_numpy()
+    uploads = np.zeros((len(uploader), len(columns)), dtype=np.int64)
+    uploads[:, 0] = bucket_start_us(times_us(dataset.videos["uploaded_at"]), bucket_us)
+    uploads[:, columns.index("upload")] = 1
+    return np.concatenate([creator, uploader]), np.concatenate([followers, uploads])

@@ -1,7 +1,7 @@
 """Recomputes the stream's rows from the log: offline rows for the point-in-time join and the parity replay.
 
 The result is a separate features folder. It contains the batch job's rows up to the end of the data set, and then
-every row that the log's outcomes produce. The replay writes nothing online and does not change the run.
+every row that the log's events produce. The replay writes nothing online and does not change the run.
 """
 
 from __future__ import annotations
@@ -16,43 +16,39 @@ import pyarrow.parquet as pq
 
 from reelway.pipelines.features.materialisation import MATERIALISATION_FILE
 from reelway.pipelines.features.registry import register_features
-from reelway.pipelines.features.stream.processor import SECOND_US, StreamProcessor, StreamSettings
-from reelway.pipelines.features.stream.service import catalogue_of, view_settings
-from reelway.pipelines.features.stream.state import StreamState
+from reelway.pipelines.features.stream.local_stream import LocalStream, ViewerLogs
+from reelway.pipelines.features.stream.run_inputs import load_dataset, video_facts, view_settings, view_ttl_us
+from reelway.pipelines.features.stream.sqlite_store import SqliteStore
 from reelway.pipelines.features.stream.time_buckets import STREAMED
-from reelway.pipelines.features.training_rows import CATALOGUE_FILE, LABELS_FILE, read_feature_file
+from reelway.pipelines.features.training_rows import CATALOGUE_FILE
+from reelway.pipelines.features.views import SECOND_US
 from reelway.platform.atomic_files import write_json
 from reelway.platform.contracts.events import TIMESTAMP_TYPE
-from reelway.platform.eventlog import EventLog
 from reelway.platform.features.dimensions import read_dimensions
-from reelway.platform.features.feast_store import open_feature_store
 from reelway.platform.run_directory import RunDirectory
 
 STREAM_FILE: Final = "stream.parquet"
 
 
-def replay_log(run: RunDirectory, events: EventLog, target: Path, behind_us: int, settings: StreamSettings) -> int:
+def replay_log(run: RunDirectory, logs: ViewerLogs, target: Path, behind_us: int) -> int:
     """Writes a features folder that contains the log's rows. Returns their number.
 
     Args:
         target: folder, replaced if it exists; its parent is created too.
-        behind_us: clock offset of the replayed stream (``StreamProcessor.behind_us``).
-        settings: settings of the replayed stream; the allowed lateness must be equal.
+        behind_us: offset of the replayed stream's time (``LocalStream.behind_us``).
     """
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
-    store = open_feature_store(run.features)
-    ttl_us = {view: int(store.get_feature_view(view).ttl.total_seconds() * SECOND_US) for view in STREAMED}
-    state = StreamState(target / "state.db")
+    store = SqliteStore(target / "state.db")
     try:
-        processor = StreamProcessor(events, state, None, view_settings(run), ttl_us, settings)
-        processor.start(catalogue_of(run), read_feature_file(run.features / LABELS_FILE), behind_us)
-        began_us = processor.settled_us
+        stream = LocalStream(logs, store, None, view_settings(run), view_ttl_us(run), video_facts(run))
+        stream.start(lambda: load_dataset(run), behind_us)
+        began_us = stream.settled_us
         emitted = []
-        while (done := processor.run_micro_batch(wait_s=0)).records or done.steps:
+        while (done := stream.run_micro_batch(wait_s=0)).records or done.steps:
             emitted += done.emitted
     finally:
-        state.close()
+        store.close()
     _batch_rows(run, target, began_us)
     rows = 0
     for view in STREAMED:

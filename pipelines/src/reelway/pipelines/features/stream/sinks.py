@@ -8,23 +8,22 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
 from reelway.pipelines.features.labels import times_us
 from reelway.pipelines.features.materialisation import WRITE_BATCH_ROWS, write_rows
-from reelway.pipelines.features.stream.engine import EmittedRows
-from reelway.pipelines.features.stream.time_buckets import CREATORS, ENGAGEMENT, ENTITY_KEYS
+from reelway.pipelines.features.stream.entity_views import EmittedRows
+from reelway.pipelines.features.stream.rules import VIDEO_VIEWS
+from reelway.pipelines.features.stream.time_buckets import ENTITY_KEYS
 from reelway.platform.contracts.events import TIMESTAMP_TYPE
 from reelway.platform.contracts.feature_names import VIEWS
 from reelway.platform.eventlog.feature_changelog import CHANGES, FeatureChange, FeatureChangelog, change_rows
 
 if TYPE_CHECKING:
     from feast import FeatureStore
-
-VIDEO_VIEWS: Final = (ENGAGEMENT, CREATORS)
 
 
 def latest_per_entity(emitted: Iterable[EmittedRows]) -> dict[str, pa.Table]:
@@ -42,8 +41,8 @@ def latest_per_entity(emitted: Iterable[EmittedRows]) -> dict[str, pa.Table]:
     return latest
 
 
-def encode_outbox_entry(latest: Mapping[str, pa.Table], as_of_us: int, sequence: int) -> bytes:
-    """Encodes the rows of one step as one outbox entry.
+def encode_rows(latest: Mapping[str, pa.Table], as_of_us: int, sequence: int) -> bytes:
+    """Encodes the rows of one micro-batch.
 
     Args:
         sequence: number of the change if the rows contain video views.
@@ -66,7 +65,7 @@ class FeatureSinks:
         self._changelog = changelog
 
     def deliver(self, content: bytes) -> dict[str, int]:
-        """Writes the rows of an outbox entry. Returns the number of rows per view.
+        """Writes rows that ``encode_rows`` encoded. Returns the number of rows per view.
 
         Raises:
             FeatureError: if the online store cannot be written.
@@ -78,14 +77,20 @@ class FeatureSinks:
         tables = {view: pa.ipc.open_stream(source).read_all() for view in head["views"]}
         for view, rows in tables.items():
             if view not in VIDEO_VIEWS:
-                self._write_online(view, rows)
-        changes = [_as_change(view, rows) for view, rows in tables.items() if view in VIDEO_VIEWS]
-        if changes:
-            self._changelog.append(FeatureChange(head["sequence"], head["as_of_us"], pa.concat_tables(changes)))
-            self._changelog.compact()
+                self.write_viewer_rows(view, rows)
+        changed = {view: rows for view, rows in tables.items() if view in VIDEO_VIEWS}
+        if changed:
+            self.write_change(head["sequence"], head["as_of_us"], changed)
         return {view: rows.num_rows for view, rows in tables.items()}
 
-    def _write_online(self, view: str, rows: pa.Table) -> None:
+    def write_change(self, sequence: int, as_of_us: int, tables: Mapping[str, pa.Table]) -> None:
+        """Writes rows of video views as one change."""
+        changes = [_as_change(view, rows) for view, rows in tables.items()]
+        self._changelog.append(FeatureChange(sequence, as_of_us, pa.concat_tables(changes)))
+        self._changelog.compact()
+
+    def write_viewer_rows(self, view: str, rows: pa.Table) -> None:
+        """Writes rows of a viewer view to the online store."""
         rows = rows.rename_columns({ENTITY_KEYS[view]: "viewer_id"})
         for start in range(0, rows.num_rows, WRITE_BATCH_ROWS):
             part = rows.slice(start, WRITE_BATCH_ROWS)

@@ -21,6 +21,7 @@ from reelway.pipelines.features import views
 from reelway.pipelines.features.views import SECOND_US, Events, SnapshotPoints, ViewSettings
 from reelway.pipelines.features.windows import I64
 from reelway.platform.contracts import feature_names as names
+from reelway.platform.contracts.events import TIMESTAMP_TYPE
 from reelway.platform.errors import ConfigError
 
 MIN_TIME_US: Final = -(1 << 58)
@@ -52,7 +53,8 @@ LAYOUTS: Final = {
     AFFINITY: BucketLayout(("known_us", "topic", "weight_milli", "taste_milli"), 2),
     HISTORY: BucketLayout(("known_us", "impression_id", "video_id", "weight_milli", "event_us", "count"), 5),
     ENGAGEMENT: BucketLayout(("known_us", *_COUNTS), 1),
-    CREATORS: BucketLayout(("known_us", *_COUNTS), 1),
+    # Uploads of videos; the followers that a creator had in the data set are follows before any event.
+    CREATORS: BucketLayout(("known_us", *_COUNTS, "upload"), 1),
 }
 
 
@@ -107,10 +109,9 @@ def to_bucket_rows(view: str, events: Events, cell_us: int) -> tuple[I64, I64]:
         keep = views.topic_rows(events)
     entity = {"viewer_id": events.viewer_id, "video_id": events.video_id, "creator_key": events.creator_id}
     columns = [
-        # The bucket's first microsecond is in the same windows, days and grid steps as the bucket's events.
-        (events.known_us - 1) // cell_us * cell_us + 1
+        bucket_start_us(events.known_us, cell_us)
         if name == "known_us" and view != HISTORY
-        else getattr(events, name)
+        else getattr(events, name, np.zeros(len(events.known_us), dtype=np.int64))
         for name in LAYOUTS[view].columns
     ]
     return entity[ENTITY_KEYS[view]][keep], np.stack(columns, axis=1)[keep]
@@ -119,7 +120,7 @@ def to_bucket_rows(view: str, events: Events, cell_us: int) -> tuple[I64, I64]:
 def to_events(view: str, entity: I64, rows: I64) -> Events:
     """Converts rows back to events. Columns that the view does not use are zero."""
     zero = np.zeros(len(rows), dtype=np.int64)
-    columns = {name: rows[:, i] for i, name in enumerate(LAYOUTS[view].columns)}
+    columns = {name: rows[:, i] for i, name in enumerate(LAYOUTS[view].columns) if name in Events.__dataclass_fields__}
     key = {"creator_key": "creator_id"}.get(ENTITY_KEYS[view], ENTITY_KEYS[view])
     return Events(**dict.fromkeys(Events.__dataclass_fields__, zero) | columns | {key: entity})
 
@@ -158,10 +159,11 @@ def prune_rows(
     if view != CREATORS:
         return entity[~expired], rows[~expired]
     folded = rows.copy()
-    follow = LAYOUTS[view].columns.index("follow")
-    totals = rows[expired][:, follow]
     folded[expired] = 0
-    folded[expired, 0], folded[expired, follow] = MIN_TIME_US, totals
+    folded[expired, 0] = MIN_TIME_US
+    for name in ("follow", "upload"):
+        column = LAYOUTS[view].columns.index(name)
+        folded[expired, column] = rows[expired, column]
     return sum_rows(view, entity, folded)
 
 
@@ -172,17 +174,34 @@ def _rank_from_the_end(entity: I64, counted: NDArray[np.bool_]) -> I64:
     return np.asarray(total[last] - total)
 
 
-def view_values_at(
-    view: str, events: Events, settings: ViewSettings, at: SnapshotPoints, creators: tuple[pa.Table, pa.Table]
-) -> pa.Table:
-    """Returns the view's values at the given points, computed by the functions of ``features.views``."""
-    if view == ACTIVITY:
-        return views.viewer_activity_at(events, settings, at)
-    if view == AFFINITY:
-        return views.viewer_topic_affinity_at(events, settings, at)
-    if view == HISTORY:
-        return views.viewer_history_at(events, settings, at)
-    if view == ENGAGEMENT:
-        return views.video_engagement_at(events, settings, at)
-    creator_table, uploads = creators
-    return views.creator_statistics_at(events, uploads, creator_table, settings, at)
+def bucket_start_us(times_us: I64, bucket_us: int) -> I64:
+    """Returns the first microsecond of the bucket that contains each time.
+
+    It is in the same windows, days and grid steps as all events of the bucket.
+    """
+    return (times_us - 1) // bucket_us * bucket_us + 1
+
+
+def view_values_at(view: str, entity: I64, rows: I64, settings: ViewSettings, at: SnapshotPoints) -> pa.Table:
+    """Returns the view's values at the given points, computed by the functions of ``features.views``.
+
+    Args:
+        entity: ``[N]``, the entity of each row.
+        rows: ``[N, K]``, as in ``LAYOUTS``.
+    """
+    events = to_events(view, entity, rows)
+    if view == CREATORS:
+        uploads = rows[:, LAYOUTS[view].columns.index("upload")]
+        times = pa.array(np.repeat(rows[:, 0], uploads), pa.int64()).cast(TIMESTAMP_TYPE)
+        videos = pa.table({"creator_id": np.repeat(entity, uploads), "uploaded_at": times})
+        return views.creator_statistics_at(events, videos, _NO_CREATORS, settings, at)
+    return _VALUES[view](events, settings, at)
+
+
+_NO_CREATORS: Final = pa.table({"creator_id": pa.array([], pa.int64()), "followers": pa.array([], pa.int64())})
+_VALUES: Final = {
+    ACTIVITY: views.viewer_activity_at,
+    AFFINITY: views.viewer_topic_affinity_at,
+    HISTORY: views.viewer_history_at,
+    ENGAGEMENT: views.video_engagement_at,
+}

@@ -1,0 +1,79 @@
+"""Metrics ``reelway_stream_*``, exported for Prometheus by either host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from prometheus_client import CollectorRegistry, start_http_server
+
+from reelway.pipelines.features.stream.log_records import PARKED_KINDS
+from reelway.pipelines.features.stream.open_impressions import APPLY_RESULTS
+from reelway.pipelines.features.views import SECOND_US
+from reelway.platform.telemetry import counter, gauge
+
+
+class StreamMetrics:
+    """Counts events, rows and faults, and measures how far the stream is behind."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._lag = gauge("reelway_stream_lag_seconds", "Age of the watermark.", [], registry)
+        self._lag_records = gauge(
+            "reelway_stream_lag_records", "Unread records of a partition.", ["topic", "partition"], registry
+        )
+        self._events = {
+            "outcomes": counter("reelway_stream_outcomes_total", "Outcomes by result.", ["result"], registry),
+            "exposures": counter("reelway_stream_exposures_total", "Exposures by result.", ["result"], registry),
+        }
+        self._parked = counter(
+            "reelway_stream_parked_records_total", "Unreadable records of the event log.", ["kind"], registry
+        )
+        self._rows = counter("reelway_stream_rows_total", "Rows written.", ["view"], registry)
+        self._faults = counter("reelway_stream_faults_total", "Micro-batches that failed.", [], registry)
+        self._freshness = gauge("reelway_stream_freshness_seconds", "Age of a view's rows.", ["view"], registry)
+        for events in self._events.values():
+            for result in APPLY_RESULTS:
+                events.labels(result)
+        for kind in PARKED_KINDS:
+            self._parked.labels(kind)
+
+    def record_progress(self, now_us: float, settled_us: int, grids_us: Mapping[str, int]) -> None:
+        """Sets the ages at ``now_us``, in the stream's time."""
+        self._lag.set((now_us - settled_us) / SECOND_US)
+        for view, grid_us in grids_us.items():
+            self._freshness.labels(view).set((now_us - settled_us // grid_us * grid_us) / SECOND_US)
+
+    def record_lag(self, records: Mapping[tuple[str, int], int]) -> None:
+        """Sets the number of unread records by topic and partition."""
+        for (topic, partition), count in records.items():
+            self._lag_records.labels(topic, str(partition)).set(count)
+
+    def count_events(self, results: Mapping[tuple[str, str], int]) -> None:
+        for (kind, result), count in results.items():
+            self._events[kind].labels(result).inc(count)
+
+    def count_parked(self, kinds: Mapping[str, int]) -> None:
+        for kind, count in kinds.items():
+            self._parked.labels(kind).inc(count)
+
+    def count_rows(self, rows: Mapping[str, int]) -> None:
+        for view, count in rows.items():
+            self._rows.labels(view).inc(count)
+
+    def count_fault(self) -> None:
+        self._faults.inc()
+
+
+@contextmanager
+def metrics_server(port: int | None, registry: CollectorRegistry) -> Iterator[None]:
+    """Serves the metrics for the block; nothing if ``port`` is None."""
+    if port is None:
+        yield
+        return
+    server, thread = start_http_server(port, registry=registry)
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -1,0 +1,189 @@
+"""The stream of a run on a cluster: one member with its heartbeats and deliveries, until SIGTERM or Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack, closing, suppress
+from pathlib import Path
+from typing import Any, Final
+from uuid import uuid4
+
+import pyarrow as pa
+from prometheus_client import CollectorRegistry
+
+from reelway.pipelines.features.stream.bootstrap import initial_watermark_us
+from reelway.pipelines.features.stream.local_stream import offset_to_dataset_us
+from reelway.pipelines.features.stream.metrics import StreamMetrics, metrics_server
+from reelway.pipelines.features.stream.quix_stream import VIDEO_ROWS, VIEWER_ROWS, QuixSettings, QuixStream
+from reelway.pipelines.features.stream.row_delivery import (
+    VideoRowDelivery,
+    ViewerRowDelivery,
+    deliver_rows,
+    row_schemas,
+)
+from reelway.pipelines.features.stream.rules import VIDEO_VIEWS, StreamRules
+from reelway.pipelines.features.stream.run_inputs import load_dataset, video_facts, view_settings, view_ttl_us
+from reelway.pipelines.features.stream.service import TOPICS, StreamOptions
+from reelway.pipelines.features.stream.sinks import FeatureSinks
+from reelway.platform.atomic_files import write_json
+from reelway.platform.eventlog import EventLog, LogRecord
+from reelway.platform.eventlog.addresses import client_settings
+from reelway.platform.eventlog.arrow_records import encode_rows
+from reelway.platform.eventlog.exposure_events import EXPOSURE_EVENT_SCHEMA
+from reelway.platform.eventlog.feature_changelog import FeatureChangelog
+from reelway.platform.eventlog.kafka_log import KafkaLog
+from reelway.platform.eventlog.outcome_events import OUTCOME_EVENT_SCHEMA
+from reelway.platform.eventlog.parked_records import ParkedRecords
+from reelway.platform.eventlog.topics import Topic, open_topic
+from reelway.platform.features.feast_store import open_feature_store
+from reelway.platform.run_directory import RunDirectory
+
+HEARTBEAT_S: Final = 0.5
+"""A partition that this member reads gets a heartbeat after this long without a record."""
+ANY_HEARTBEAT_S: Final = 5.0
+"""Interval of heartbeats to all partitions, so that an assignment of a quiet partition is noticed."""
+_OWN_S: Final = 30.0
+_SCHEMAS: Final = {Topic.EXPOSURES: EXPOSURE_EVENT_SCHEMA, Topic.OUTCOMES: OUTCOME_EVENT_SCHEMA}
+
+
+def run_member(run: RunDirectory, options: StreamOptions, stop: threading.Event) -> None:
+    """Runs one member of the stream's consumer group in the main thread until SIGTERM, Ctrl-C or ``stop``.
+
+    Raises:
+        FeatureError: if the run has no features.
+        StorageError: if the log cannot be opened.
+    """
+    registry = CollectorRegistry()
+    metrics, ended = StreamMetrics(registry), threading.Event()
+    views = view_settings(run)
+    with ExitStack() as stack:
+        stack.enter_context(metrics_server(options.metrics_port, registry))
+        logs = {topic: stack.enter_context(closing(open_topic(options.events, topic))) for topic in TOPICS}
+        parked = stack.enter_context(closing(ParkedRecords(_state_folder(run, options) / "parked.db")))
+        settings = member_settings(logs, options.events, _state_folder(run, options))
+        begin_us, behind_us = stream_clock(run, logs)
+        rules = StreamRules(views, view_ttl_us(run), behind_us)
+        stream = QuixStream(settings, rules, begin_us, lambda: load_dataset(run), video_facts(run), metrics, parked)
+        sinks = FeatureSinks(open_feature_store(run.features), FeatureChangelog(options.overlay or run.overlay))
+        schemas, sources = row_schemas(views), settings.partitions * len(VIDEO_VIEWS)
+        client = {"bootstrap.servers": settings.servers, **settings.client}
+        threads = [
+            threading.Thread(target=send_heartbeats, args=(logs, stream, metrics, ended)),
+            threading.Thread(target=stop_when_requested, args=(stream, stop, ended)),
+            threading.Thread(
+                target=deliver_rows,
+                args=(
+                    client, settings.prefix + VIEWER_ROWS, lambda: ViewerRowDelivery(sinks, schemas, metrics), metrics,
+                    ended,
+                ),
+            ),
+            threading.Thread(
+                target=deliver_rows,
+                args=(
+                    client, settings.prefix + VIDEO_ROWS, lambda: VideoRowDelivery(sinks, schemas, metrics, sources),
+                    metrics, ended,
+                ),
+            ),
+        ]  # fmt: skip
+        for thread in threads:
+            thread.start()
+        try:
+            stream.application.run()
+        finally:
+            ended.set()
+            for thread in threads:
+                thread.join()
+
+
+def member_settings(logs: Mapping[Topic, EventLog], events: str, state: Path) -> QuixSettings:
+    """Returns the settings of a member: partitions and replication are those of the topic of outcomes."""
+    outcomes = logs[Topic.OUTCOMES]
+    assert isinstance(outcomes, KafkaLog), f"{events} is not on Kafka"
+    return QuixSettings(
+        servers=outcomes.servers,
+        prefix=outcomes.name.removesuffix(Topic.OUTCOMES),
+        partitions=outcomes.partitions,
+        replication=outcomes.replication,
+        state=state / "quix",
+        client=client_settings(),
+    )
+
+
+def stream_clock(run: RunDirectory, logs: Mapping[Topic, EventLog]) -> tuple[int, int]:
+    """Returns the time at which the stream begins and its offset to the log's time.
+
+    The first member writes both to the run's folder, so that all members use the same.
+    """
+    path = run.path / "stream" / "clock.json"
+    if not path.exists():
+        views = view_settings(run)
+        fine_us = StreamRules(views, {}).fine_us
+        begin_us = initial_watermark_us(load_dataset(run).labels, fine_us)
+        behind_us = offset_to_dataset_us(logs, begin_us, time.time)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f"clock-{uuid4().hex}.json")
+        write_json(draft, {"begin_us": begin_us, "behind_us": behind_us})
+        with suppress(FileExistsError):  # another member was faster
+            path.hardlink_to(draft)
+        draft.unlink()
+    stored = json.loads(path.read_text())
+    return int(stored["begin_us"]), int(stored["behind_us"])
+
+
+def stop_when_requested(stream: QuixStream, stop: threading.Event, ended: threading.Event) -> None:
+    """Stops the application also if ``stop`` was set before it ran. Quix handles signals only from then on."""
+    while not ended.wait(0.2):
+        if stop.is_set():
+            stream.application.stop()
+
+
+def send_heartbeats(
+    logs: Mapping[Topic, EventLog], stream: QuixStream, metrics: StreamMetrics, stop: threading.Event
+) -> None:
+    """Appends heartbeats to quiet partitions until ``stop`` is set."""
+    payloads = {topic: encode_rows(_empty(schema)) for topic, schema in _SCHEMAS.items()}
+    next_all_s = time.monotonic()
+    while not stop.wait(HEARTBEAT_S / 2):
+        now_s = time.monotonic()
+        read = dict(stream.read_offsets)
+        to_all = now_s >= next_all_s
+        next_all_s = now_s + ANY_HEARTBEAT_S if to_all else next_all_s
+        for topic, events in logs.items():
+            ages_s = [now_s - read.get((topic, partition), (0, 0.0))[1] for partition in range(events.partitions)]
+            quiet = [partition for partition, age_s in enumerate(ages_s) if to_all or HEARTBEAT_S <= age_s < _OWN_S]
+            _append(events, [LogRecord(uuid4().hex, partition, payloads[topic]) for partition in quiet], metrics)
+        if to_all:
+            metrics.record_lag(_lag(logs, read))
+
+
+def _append(events: EventLog, records: list[LogRecord], metrics: StreamMetrics) -> None:
+    from reelway.platform.errors import StorageError
+
+    try:
+        events.append(records)
+    except StorageError:
+        metrics.count_fault()  # the next heartbeat follows soon
+
+
+def _lag(
+    logs: Mapping[Topic, EventLog], read: Mapping[tuple[str, int], tuple[int, float]]
+) -> dict[tuple[str, int], int]:
+    """Returns the number of unread records of the partitions that this member reads."""
+    now_s = time.monotonic()
+    return {
+        (topic, partition): end - read[topic, partition][0]
+        for topic, events in logs.items()
+        for partition, end in events.end_offsets().items()
+        if (topic, partition) in read and now_s - read[topic, partition][1] < _OWN_S
+    }
+
+
+def _empty(schema: pa.Schema) -> Any:
+    return pa.RecordBatch.from_arrays([pa.array([], field.type) for field in schema], schema=schema)
+
+
+def _state_folder(run: RunDirectory, options: StreamOptions) -> Path:
+    return options.state or run.path / "stream"
