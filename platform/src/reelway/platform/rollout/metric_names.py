@@ -47,7 +47,7 @@ RECEIVED_OUTCOMES: Final = ("counted", "duplicate", "late", "retired", "outside"
 
 REFUSED: Final = "reelway_outcomes_refused_total"
 """Exported by the router. No labels, because the content of a rejected token is not trusted."""
-EXPOSURES_LOST: Final = "reelway_exposures_lost_total"
+EXPOSURES_LOST: Final = "reelway_ingress_exposures_lost_total"
 """Exported by the router: slates that were served and are not in the event log. Labels release and arm."""
 LOG_AGE: Final = "reelway_outcomes_log_age_seconds"
 """Exported by the outcome collector; label ``source``: a topic of the event log. Time since which records of the topic
