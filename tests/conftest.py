@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import prometheus_client  # noqa: F401  (selects in-memory metrics before Feast can select files)
 import pytest
 from tests.support.eventlog.kafka_broker import Broker, kafka_broker
+from tests.support.redis_server import running_redis
 
 
 def pytest_configure() -> None:
@@ -32,3 +33,10 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
     """One Kafka broker for all tests of a run. Tests use topics of their own."""
     with kafka_broker(tmp_path_factory.mktemp("kafka")) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of one Redis server for all tests of a run. Tests use databases or keys of their own."""
+    with running_redis(tmp_path_factory.mktemp("redis")) as address:
+        yield address

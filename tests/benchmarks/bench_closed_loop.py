@@ -1,9 +1,10 @@
 """Compares watch time per impression of the models and of popularity in the simulator, over several days.
 
 ``python -m tests.benchmarks.bench_closed_loop [seeds]``. For each seed, a service is simulated and models are trained
-on the first 80 % of its log. Then copies of the same world continue for some days with the same requests. One copy
-shows the popular videos of the last day. Another shows the result of retrieval, ranking and serving's re-ranking. No
-policy shows a viewer the same video twice. Both read the events that their own recommendations caused.
+on the first 80 % of its log. Then copies of the same world, with the same viewing history, continue for some days with
+the same requests. One copy shows the popular videos of the last day. Another shows the result of retrieval, ranking and
+serving's re-ranking. No policy shows a viewer the same video twice. Both read the events that their own recommendations
+caused.
 """
 
 # Shapes: B requests, S slate, M videos
@@ -33,6 +34,7 @@ from reelway.pipelines.simulation.arrivals import DEVICES, Requests, draw_reques
 from reelway.pipelines.simulation.config import DAY_S, SimulationConfig
 from reelway.pipelines.simulation.policies import OraclePolicy, RecentPopularity
 from reelway.pipelines.simulation.responses import ShownSlates, responses_to_events
+from reelway.pipelines.simulation.satiation import ViewingHistory
 from reelway.pipelines.simulation.world import World
 from reelway.pipelines.training.artifacts import TrainedModels, load_models
 from reelway.platform.cli.processes import reelway_command, run_command
@@ -143,7 +145,7 @@ class TwoStagePolicy:
         arrays = assemble_videos(columns_from_table(snapshot), moment_s, self._models.dimensions)
         self._stages.catalogue = replace(self._stages.catalogue, arrays=arrays)
         recent = RecentPopularity(self._world, self._live.outcomes, at_s)
-        self._popularity_M = recent.counts
+        self._popularity_M = recent.counts[: self._world.config.videos]
 
     def slates(self, viewer_ids: I64, devices: I64, at_s: float, seen: Bools) -> I64:
         device_names = [DEVICES[code] for code in devices]
@@ -198,6 +200,8 @@ def run_loop(
     """Answers all requests with a policy, simulates the responses, and adds them to the live features."""
     rng = np.random.default_rng(np.random.SeedSequence([world.seed, 8]))
     config = world.config
+    history = ViewingHistory(world.videos)
+    history.add_outcomes(live.outcomes)
     seen = np.zeros((config.viewers + 1, config.videos), dtype=np.bool_)
     seen[live.labels["viewer_id"].to_numpy(), live.labels["video_id"].to_numpy() - 1] = True
     watch_s, impressions = np.zeros(config.viewers + 1), np.zeros(config.viewers + 1)
@@ -209,7 +213,7 @@ def run_loop(
         for batch in _rounds(requests, np.flatnonzero(period == p)):
             viewers, time_s = requests.viewer_ids[batch], requests.time_s[batch]
             slates = policy.slates(viewers, requests.device[batch], float(time_s.min()), seen[viewers])
-            responses = world.respond(viewers, slates, time_s, rng)
+            responses = world.respond(viewers, slates, time_s, rng, history)
             seen[viewers[:, None], slates - 1] = True
             np.add.at(watch_s, viewers, responses.watch_ms.sum(axis=1) / 1000.0)
             np.add.at(impressions, viewers, responses.present.sum(axis=1))
@@ -250,9 +254,9 @@ def ratio_interval(models: WatchTimeTotals, baseline: WatchTimeTotals, seed: int
     return models.mean_s / baseline.mean_s, float(low), float(high)
 
 
-def measure(seed: int, folder: Path) -> list[Row]:
+def measure(seed: int, folder: Path, config: SimulationConfig | None = None) -> list[Row]:
     """Runs each policy in its own copy of one seed's world. ALS and the oracle are for reference."""
-    config = SimulationConfig()
+    config = config or SimulationConfig()
     run = prepare(folder, seed, config)
     models = load_models(run.models)
     cut_s = models.info.window_end_s

@@ -43,8 +43,8 @@ def topics_job(objects: tuple[Document, ...]) -> Document:
 
 def parsed(container: Document) -> dict[str, Any]:
     """The container's arguments as its command parses them."""
-    program_name, *words = [*container["command"], *container["args"]]
-    assert program_name == "reelway"
+    words: list[str] = [*container["command"], *container["args"]]
+    assert words.pop(0) == "reelway"
     command: Any = typer.main.get_command(build_app())
     context = click.Context(command)
     while words and not words[0].startswith("-"):

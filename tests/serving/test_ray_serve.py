@@ -31,6 +31,9 @@ from reelway.platform.contracts.api import RecommendRequest, RecommendResponse
 from reelway.platform.contracts.events import Arm
 from reelway.platform.features.feast_store import open_feature_store
 from reelway.platform.features.vector_log import read_vectors
+from reelway.platform.features.viewer_memory import MEMORY_FILE
+from reelway.platform.features.viewer_memory_local import LocalViewerMemory
+from reelway.platform.features.viewer_memory_sqlite import SqliteViewerMemory
 from reelway.platform.features.viewer_rows import ViewerRowReader
 from reelway.platform.rollout import metric_names
 from reelway.platform.rollout.traffic.bucketing import bucket_of
@@ -86,7 +89,12 @@ def test_known_viewer_gets_a_full_slate_with_valid_tokens(service: Running) -> N
 
 def test_service_slate_equals_the_in_process_slate(service: Running) -> None:
     row = ViewerRowReader(open_feature_store(service.run / "features")).read(KNOWN_VIEWER)
-    graph = service.loader.in_process_recommender(service.signer)
+    stored = SqliteViewerMemory(service.run / "features" / MEMORY_FILE)
+    shown = stored.read(KNOWN_VIEWER)
+    stored.close()
+    memory = LocalViewerMemory(time.time)
+    memory.restore_shown(KNOWN_VIEWER, shown.shown_ids, shown.shown_at_s)
+    graph = service.loader.in_process_recommender(service.signer, memory=memory)
     local = graph.recommend(RecommendRequest(viewer_id=KNOWN_VIEWER, count=20), row, NOW_S)
     served = service.ask(count=20, time="2024-06-10T06:13:20Z")
     assert [v["video_id"] for v in served["videos"]] == [v.video_id for v in local.videos]

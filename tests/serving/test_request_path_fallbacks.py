@@ -143,7 +143,7 @@ def test_broken_retrieval_gives_the_popular_list_in_order(release: Release) -> N
     answer, _ = recommend(release, "retrieve", "rerank", row={})
     router_release = release.loader.router_release()
     assert [video.video_id for video in answer.videos] == router_release.table.video_id[
-        router_release.lists.popular[:20]
+        router_release.lists.current().popular[:20]
     ].tolist()
     assert {video.source for video in answer.videos} == {"popular"}
     assert {video.reason for video in answer.videos} == {"popular now"}

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from reelway.platform.contracts.blend import RerankingSettings
-from reelway.serving.stages.arrays import SOURCE_CODES, ScoredCandidates, Slate
-from reelway.serving.stages.reranking import Reranking, occurrences
+from reelway.serving.stages.arrays import SOURCE_CODES, SOURCES, ScoredCandidates, Slate
+from reelway.serving.stages.reranking import Reranking, occurrences, with_min_shares
 
 NOTHING = np.empty(0, dtype=np.int32)
 
@@ -173,3 +174,51 @@ def test_trigger_is_the_nearest_similar_liked_video() -> None:
     slate = rerank([4, 3, 2, 1], [1, 2, 3, 4], count=2, embedding=embedding, liked=liked, diversity=0.0)
     assert slate.rows.tolist() == [0, 1]
     assert slate.trigger_rows.tolist() == [2, -1]
+
+
+@given(
+    st.lists(st.integers(0, 7), max_size=40), st.integers(0, 20),
+    st.dictionaries(st.integers(0, 7), st.sampled_from([0.05, 0.1, 0.125]), max_size=8),
+)  # fmt: skip
+def test_each_source_gets_its_least_share_if_it_can(codes: list[int], count: int, shares: dict[int, float]) -> None:
+    source, count = np.array(codes, dtype=np.int8), min(count, len(codes))
+    eligible = np.arange(len(codes))
+    chosen = eligible[:count]
+    result = with_min_shares(chosen, eligible, source, shares, count)
+    assert len(set(result.tolist())) == len(result) == count
+    have = np.bincount(source[result], minlength=8)
+    total, before = np.bincount(source, minlength=8), np.bincount(source[chosen], minlength=8)
+    for code in range(8):
+        least = int(shares.get(code, 0.0) * count + 1e-9)
+        assert have[code] >= min(least, total[code])
+        assert have[code] >= min(before[code], least)
+        assert have[code] <= max(before[code], least)
+        assert sorted(result[source[result] == code]) == np.flatnonzero(source == code)[: have[code]].tolist()
+    kept = result[np.isin(result, chosen)]
+    assert (np.diff(kept) > 0).all()  # those that stay keep their order
+
+
+def test_least_share_takes_the_last_positions() -> None:
+    source = np.array([SOURCE_CODES["ann"]] * 30 + [SOURCE_CODES["trending"]] * 5, dtype=np.int8)
+    order = np.arange(35)
+    result = with_min_shares(order[:20], order, source, {SOURCE_CODES["trending"]: 0.1}, 20)
+    assert result.tolist() == [*range(18), 31, 30]
+
+
+def test_default_slate_uses_every_source_that_has_candidates() -> None:
+    rng = np.random.default_rng(0)
+    n = 400
+    source = np.where(np.arange(n) < 300, SOURCE_CODES["ann"], rng.integers(0, len(SOURCES), n)).astype(np.int8)
+    candidates = ScoredCandidates(
+        rows=np.arange(n, dtype=np.int32), source=source, trigger_rows=np.full(n, -1, np.int32),
+        value=np.linspace(1, 0, n, dtype=np.float32), liked_rows=NOTHING, count=20, seed=0,
+    )  # fmt: skip
+    table = Table(np.arange(n), np.eye(n, dtype=np.float32))
+    slate = Reranking(table, RerankingSettings()).rerank(candidates)  # type: ignore[arg-type]
+    assert set(slate.source.tolist()) == set(range(len(SOURCES)))
+    assert slate.rows[:12].tolist() == list(range(12))
+
+
+def test_least_shares_above_one_are_rejected() -> None:
+    with pytest.raises(ValidationError, match=r"min_shares sum to 1\.2"):
+        RerankingSettings(min_shares={"ann": 0.7, "fresh": 0.5})

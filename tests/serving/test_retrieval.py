@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,13 @@ from tests.support.release_files import NOW_S, make_release_folder
 from reelway.platform.contracts.api import RequestContext
 from reelway.platform.contracts.blend import Blend, RetrievalSettings
 from reelway.platform.errors import IncompatibleReleaseError, ServingError
-from reelway.serving.popular import PopularLists, open_popular_lists
+from reelway.serving.live_lists import CurrentLists
+from reelway.serving.popular import ListRows, PopularLists, open_popular_lists
 from reelway.serving.release_loader import ReleaseLoader
 from reelway.serving.stages.arrays import SOURCE_CODES, SOURCES, ViewerQuery
+from reelway.serving.stages.list_source import ListSource
 from reelway.serving.stages.retrieval import Retrieval
-from reelway.serving.stages.sources import FreshSource, NeighbourSource, SourceQuery, StaticListSource
+from reelway.serving.stages.sources import FreshSource, NeighbourSource, SourceQuery
 from reelway.serving.video_table import VideoTable
 from reelway.serving.viewer_query import viewer_query
 
@@ -68,15 +71,24 @@ def test_candidates_are_unseen_distinct_and_complete(
     rows = candidates.rows.tolist()
     assert not set(rows) & set(watched)
     assert len(set(rows)) == len(rows) == CANDIDATES
-    assert candidates.similarity[candidates.source != SOURCE_CODES["ann"]].tolist() == [0.0] * int(
-        (candidates.source != SOURCE_CODES["ann"]).sum()
-    )
+    exact = table.embedding[candidates.rows] @ candidates.viewer_embedding[0]
+    np.testing.assert_allclose(candidates.similarity, exact, atol=1e-5)
 
 
 def test_each_source_fills_its_quota(retrieval: Retrieval, table: VideoTable) -> None:
     candidates = retrieval.retrieve(viewer(table, dict.fromkeys(range(0, 60, 3), 1.0)))
-    counts = {SOURCES[code]: int(n) for code, n in enumerate(np.bincount(candidates.source, minlength=5))}
-    assert counts == {"ann": 24, "trending": 6, "popular": 4, "neighbours": 4, "fresh": 2}
+    counts = {SOURCES[code]: int(n) for code, n in enumerate(np.bincount(candidates.source, minlength=len(SOURCES)))}
+    quotas = {"fresh": 2, "trending": 6, "similar_creators": 2, "content": 4, "neighbours": 4, "popular": 4, "ann": 16}
+    # Nobody is followed; the next source in the order of the quotas takes these two places.
+    assert counts == {**quotas, "followed_creators": 0, "fresh": 4}
+
+
+def test_followed_creators_fill_their_quota(retrieval: Retrieval, table: VideoTable) -> None:
+    query = replace(viewer(table, {3: 1.0}), followed_creators=table.creator_id[[50, 60]])
+    candidates = retrieval.retrieve(query)
+    followed = candidates.rows[candidates.source == SOURCE_CODES["followed_creators"]]
+    assert len(followed) == 2
+    assert set(table.creator_id[followed].tolist()) == set(table.creator_id[[50, 60]].tolist())
 
 
 def test_viewer_without_history_gets_all_candidates(retrieval: Retrieval, table: VideoTable) -> None:
@@ -97,12 +109,11 @@ def test_filtered_proposals_are_counted_by_kind(retrieval: Retrieval, table: Vid
 
 def test_index_returns_the_nearest_videos_first(retrieval: Retrieval, table: VideoTable) -> None:
     candidates = retrieval.retrieve(viewer(table, {10: 3.0}))
-    by_index = np.flatnonzero(candidates.source == SOURCE_CODES["ann"])[
-        :24
-    ]  # its quota; further videos fill unused quotas
+    by_index = np.flatnonzero(candidates.source == SOURCE_CODES["ann"])
     exact = table.embedding.base @ candidates.viewer_embedding[0]
     exact[10] = -np.inf
-    assert candidates.rows[by_index].tolist() == np.argsort(-exact)[:24].tolist()
+    exact[candidates.rows[candidates.source != SOURCE_CODES["ann"]]] = -np.inf  # an earlier source took them
+    assert candidates.rows[by_index].tolist() == np.argsort(-exact)[: len(by_index)].tolist()
     np.testing.assert_allclose(candidates.similarity[by_index], exact[candidates.rows[by_index]], atol=1e-5)
 
 
@@ -129,7 +140,8 @@ def test_neighbours_follow_the_latest_liked_videos(table: VideoTable) -> None:
 
 def test_trending_starts_with_the_region_of_the_viewer(table: VideoTable) -> None:
     global_rows, local = np.array([1, 2], dtype=np.int32), np.array([9], dtype=np.int32)
-    source = StaticListSource(global_rows, {"eu": local})
+    lists = PopularLists(ListRows(global_rows), ListRows(global_rows, {"eu": local}), table)
+    source = ListSource(CurrentLists(lists), "trending")
     assert source.propose(SourceQuery(viewer(table, {}, "eu"), EMBEDDING, 5)).rows.tolist() == [9, 1, 2]
     assert source.propose(SourceQuery(viewer(table, {}, "mars"), EMBEDDING, 5)).rows.tolist() == [1, 2]
     assert source.propose(SourceQuery(viewer(table, {}), EMBEDDING, 1)).rows.tolist() == [1]
@@ -140,7 +152,7 @@ def test_popular_fallback_leaves_out_seen_videos(lists: PopularLists, table: Vid
     candidates = lists.candidates(viewer(table, {top[0]: 1.0, top[2]: -1.0}))
     assert candidates.rows.tolist() == [row for row in lists.popular.tolist() if row not in (top[0], top[2])]
     assert (candidates.source == SOURCE_CODES["popular"]).all()
-    assert candidates.filtered_counts == {"unservable": 0, "not_interested": 1, "seen": 1}
+    assert {kind: n for kind, n in candidates.filtered_counts.items() if n} == {"not_interested": 1, "seen": 1}
 
 
 def test_quota_of_an_unknown_source_raises(retrieval: Retrieval) -> None:

@@ -18,6 +18,7 @@ from tests.support.release_files import make_release_folder
 from reelway.platform.contracts.api import RecommendRequest, RecommendResponse, RequestContext
 from reelway.platform.contracts.events import Arm
 from reelway.platform.errors import FeatureError, IncompatibleReleaseError, ServingError
+from reelway.platform.features.viewer_rows import StoredViewer
 from reelway.platform.rollout.traffic.bucketing import BUCKETS
 from reelway.platform.rollout.traffic.routing import ArmRoute, Routing, ShadowRoute
 from reelway.platform.tokens import TokenSigner
@@ -37,11 +38,11 @@ class FakeViewerStore:
         self.fails = False
         self.late_s = 0.0
 
-    def read(self, viewer_id: int) -> dict[str, Any]:
+    def read(self, viewer_id: int) -> StoredViewer:
         time.sleep(self.late_s)
         if self.fails:
             raise FeatureError(f"cannot read viewer {viewer_id}")
-        return {"region": "eu"}
+        return StoredViewer({"region": "eu"})
 
 
 class FakeReleaseOpener:
@@ -165,7 +166,7 @@ def test_holdout_gets_the_popular_list_in_order(router: Router, ids: list[str], 
 
     answer = run(check())
     assert [video.video_id for video in answer.videos] == router_release.table.video_id[
-        router_release.lists.popular[:10]
+        router_release.lists.current().popular[:10]
     ].tolist()
     assert answer.degraded == []
     assert counted(router, "reelway_ingress_stage_latency_seconds_count", stage="retrieval") == 0

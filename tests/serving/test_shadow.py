@@ -18,6 +18,7 @@ from reelway.platform.contracts.api import RecommendRequest, RecommendResponse
 from reelway.platform.contracts.events import Arm
 from reelway.platform.eventlog.exposure_events import decode_exposures
 from reelway.platform.eventlog.sqlite_log import SqliteLog
+from reelway.platform.features.viewer_rows import StoredViewer
 from reelway.platform.rollout import metric_names
 from reelway.platform.rollout.traffic.bucketing import BUCKETS
 from reelway.platform.rollout.traffic.routing import ArmRoute, Routing, ShadowRoute
@@ -58,7 +59,9 @@ class ShadowFixture:
         signer = TokenSigner(b"a secret of the tests, long enough")
         self.router = Router(
             self._open,
-            RouterDependencies(signer, self.registry, read_viewer=lambda _: {"region": "eu"}, exposures=self.exposures),
+            RouterDependencies(
+                signer, self.registry, read_viewer=lambda _: StoredViewer({"region": "eu"}), exposures=self.exposures
+            ),
         )
         self.routing = Routing(
             salt="a rollout",

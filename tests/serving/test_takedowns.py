@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 from tests.support.release_files import NOW_S, make_release_folder
 from tests.support.serving.takedowns import follower, publish, takedown
+from tests.support.serving.uploads import make_run
 
 from reelway.platform.contracts.api import RecommendRequest, RecommendResponse
 from reelway.platform.contracts.blend import Blend, RetrievalSettings
@@ -21,13 +22,16 @@ from reelway.platform.contracts.events import Arm
 from reelway.platform.contracts.manifest import VIDEOS_FILE
 from reelway.platform.errors import StorageError
 from reelway.platform.eventlog.catalogue_events import Restore, TakedownState
+from reelway.platform.rollout.traffic.serving_options import ReleaseArgs
 from reelway.platform.tokens import TokenSigner
+from reelway.serving.deployments.stages import RetrievalStage
 from reelway.serving.metrics import IngressMetrics
 from reelway.serving.release_loader import ReleaseLoader
 from reelway.serving.request_path import RequestPath, UnavailableStages, run_without_waiting
 from reelway.serving.slates import RolloutArm
 from reelway.serving.takedown_follower import TakedownFollower
 from reelway.serving.video_table import ABSENT, open_video_table
+from reelway.serving.viewer_query import cold_start_query
 
 VIDEOS = 60
 
@@ -215,3 +219,20 @@ def test_taken_down_video_is_not_a_candidate(folder: Path, events: Path, takedow
     second = run_without_waiting(path.recommend(request, {}, NOW_S)).response.videos
     assert len(second) == 10
     assert not {video.video_id for video in first} & {video.video_id for video in second}
+
+
+def test_retrieval_replica_hides_takedowns(tmp_path: Path) -> None:
+    """A process of the composition ``staged``, started from the arguments that Ray Serve passes."""
+    run, folders = make_run(tmp_path / "run")
+    events = run.path / "events"
+    source = ReleaseArgs(
+        release=folders[0].name, release_store=str(run.release_store), release_cache=folders[0].parent,
+        public_keys=run.keys, overlay=str(run.overlay), events=str(events),
+    )  # fmt: skip
+    table = ReleaseLoader(folders[0]).table()
+    query = cold_start_query(table)
+    first = int(table.video_id.base[RetrievalStage(source).retrieve(query).rows[0]])
+    publish(events, *takedown(videos=[first]))
+    later = table.video_id.base[RetrievalStage(source).retrieve(query).rows]
+    assert len(later)
+    assert first not in later

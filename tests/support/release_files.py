@@ -32,9 +32,12 @@ from reelway.platform.contracts.blend import Blend
 from reelway.platform.contracts.calibration import Calibration, CalibrationCurve
 from reelway.platform.contracts.manifest import Manifest
 from reelway.platform.contracts.release_files import (
+    CREATORS_SCHEMA,
     NEIGHBOURS_PER_VIDEO,
     NEIGHBOURS_SCHEMA,
     POPULAR_SCHEMA,
+    SIMILAR_CREATORS,
+    VIDEOS_PER_CREATOR,
     videos_schema,
     with_dimensions,
 )
@@ -265,6 +268,29 @@ def _neighbours(video_id: NDArray[np.int64], topic: NDArray[np.int32]) -> pa.Tab
     return pa.Table.from_arrays([pa.array(video_id, pa.int64()), _fixed(rows, pa.int32())], schema=NEIGHBOURS_SCHEMA)
 
 
+def _content_neighbours(video_id: NDArray[np.int64]) -> pa.Table:
+    """Returns the following videos for each video, the first after the last, padded with -1."""
+    count = min(NEIGHBOURS_PER_VIDEO, len(video_id) - 1)
+    rows = np.full((len(video_id), NEIGHBOURS_PER_VIDEO), -1, dtype=np.int32)
+    rows[:, :count] = (np.arange(len(video_id))[:, None] + np.arange(1, count + 1)) % len(video_id)
+    return pa.Table.from_arrays([pa.array(video_id, pa.int64()), _fixed(rows, pa.int32())], schema=NEIGHBOURS_SCHEMA)
+
+
+def _creators(creator_id: NDArray[np.int64]) -> pa.Table:
+    """Returns the following creators as similar ones, and the first videos of each creator as the best ones."""
+    creators, code = np.unique(creator_id, return_inverse=True)
+    count = min(SIMILAR_CREATORS, len(creators) - 1)
+    similar = np.full((len(creators), SIMILAR_CREATORS), -1, dtype=np.int32)
+    similar[:, :count] = (np.arange(len(creators))[:, None] + np.arange(1, count + 1)) % len(creators)
+    order = np.argsort(code, kind="stable")
+    rank = np.arange(len(order)) - np.searchsorted(code[order], code[order], side="left")
+    selected = rank < VIDEOS_PER_CREATOR
+    best = np.full((len(creators), VIDEOS_PER_CREATOR), -1, dtype=np.int32)
+    best[code[order][selected], rank[selected]] = order[selected]
+    columns = [pa.array(creators, pa.int64()), _fixed(similar, pa.int32()), _fixed(best, pa.int32())]
+    return pa.Table.from_arrays(columns, schema=CREATORS_SCHEMA)
+
+
 def _index(embedding_ND: F32) -> faiss.Index:
     factory = "Flat" if len(embedding_ND) < 20_000 else "IVF256,Flat"
     index = faiss.index_factory(embedding_ND.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
@@ -321,6 +347,8 @@ def make_release_folder(
     write_arrow(path / files.VIDEOS_FILE, table)
     write_arrow(path / files.POPULAR_FILE, _popular(video_id, rng))
     write_arrow(path / files.NEIGHBOURS_FILE, _neighbours(video_id, table.column("topic").to_numpy()))
+    write_arrow(path / files.CONTENT_NEIGHBOURS_FILE, _content_neighbours(video_id))
+    write_arrow(path / files.CREATORS_FILE, _creators(table.column("creator_id").to_numpy()))
     (path / files.BLEND_FILE).write_text(yaml.safe_dump((blend or Blend()).model_dump(mode="json"), sort_keys=False))
     curve = CalibrationCurve(method="platt", probability=(0.0, 0.5, 1.0), rate=(0.0, 0.4, 1.0))
     calibration = Calibration(curves={"long_watch": curve, "like": curve})

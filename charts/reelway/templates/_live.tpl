@@ -1,6 +1,6 @@
-{{/* Whether an event log on Kafka is named; the live parts are on then. */}}
+{{/* Whether there is a service, and an event log on Kafka is named; the live parts are on then. */}}
 {{- define "reelway.live" -}}
-{{- if .Values.eventLog.address }}true{{ end -}}
+{{- if and .Values.serving.enabled .Values.eventLog.address }}true{{ end -}}
 {{- end -}}
 
 {{/* Whether a live component runs. (dict "context" . "component" "stream") */}}

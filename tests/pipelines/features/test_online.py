@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shutil
 import socket
-import subprocess
 import time
-from collections.abc import Iterator
 
 import numpy as np
+import pyarrow.compute as pc
 import pytest
+import redis
 from feast import FeatureStore
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.protos.feast.types.Value_pb2 import Value
@@ -22,7 +22,9 @@ from reelway.pipelines.features.training_rows import viewer_snapshot
 from reelway.platform.contracts.feature_names import VIEWER_SERVICE, VIEWER_VIEWS, VIEWS
 from reelway.platform.errors import FeatureError
 from reelway.platform.features.feast_store import open_feature_store
+from reelway.platform.features.viewer_memory import MEMORY_FILE, open_viewer_memory
 from reelway.platform.features.viewer_rows import AS_OF, ViewerRowReader, Views, _decode_value, _PerViewReader
+from reelway.platform.features.watched_filter import is_watched
 from reelway.platform.run_directory import RunDirectory
 
 FIELDS = [name for view in VIEWER_VIEWS for name in VIEWS[view]]
@@ -48,6 +50,11 @@ def assert_same_rows(run: RunDirectory, at_s: float) -> None:
 
 def test_online_values_equal_the_offline_join(built) -> None:
     assert materialised_at_s(built.run.features) == built.until_s
+    memory = open_viewer_memory(open_feature_store(built.run.features))
+    follows = built.labels.filter(pc.field("follow") > 0)
+    viewer = follows["viewer_id"][0].as_py()
+    expected = set(follows.filter(pc.field("viewer_id") == viewer)["creator_id"].to_pylist())
+    assert set(memory.read(viewer).followed_creators.tolist()) == expected
     assert_same_rows(built.run, built.until_s)
 
 
@@ -71,32 +78,6 @@ def test_progress_reaches_the_total(built, tmp_path) -> None:
 
 def test_unknown_viewer_has_no_values(built) -> None:
     assert set(ViewerRowReader(open_feature_store(built.run.features)).read(123_456).values()) == {None}
-
-
-@pytest.fixture(scope="module")
-def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    binary = shutil.which("redis-server")
-    if binary is None:
-        pytest.skip("no redis-server on the PATH; `make system-packages` installs it")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    folder = tmp_path_factory.mktemp("redis")
-    server = subprocess.Popen(
-        [binary, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)],
-        stdout=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 10
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=0.2).close()
-            break
-        except OSError:
-            assert time.monotonic() < deadline, "redis-server did not come up in ten seconds"
-            time.sleep(0.02)
-    yield f"127.0.0.1:{port}"
-    server.terminate()
-    server.wait(timeout=10)
 
 
 @pytest.mark.redis
@@ -139,3 +120,44 @@ def test_unreachable_redis_raises_a_feature_error(built, tmp_path) -> None:
         store = register_features(run.features, DIMENSIONS, f"redis://127.0.0.1:{free.getsockname()[1]}")
         with pytest.raises(FeatureError, match="cannot read viewer 500"):
             ViewerRowReader(store).read(500)
+
+
+@pytest.mark.redis
+def test_row_and_memory_are_read_in_one_round_trip(built, tmp_path, redis_server) -> None:
+    run = RunDirectory(tmp_path / "run")
+    shutil.copytree(built.run.path, run.path)
+    store = register_features(run.features, DIMENSIONS, f"redis://{redis_server}/2")
+    materialise(run.features, built.until_s)
+    memory = open_viewer_memory(store)
+    now_s = time.time()
+    memory.remember_shown(501, [1, 2], now_s)
+    memory.remember_watched(np.array([501]), np.array([2]), np.array([now_s]))
+    memory.block(501, creators=[4])
+    reader = ViewerRowReader(store, memory=memory)
+    reader.read_viewer(501)  # connects
+    with redis.Redis.from_url(f"redis://{redis_server}/2") as client:
+        before = client.info("stats")["total_reads_processed"]
+        found = reader.read_viewer(501)
+        reads = client.info("stats")["total_reads_processed"] - before
+    assert reads == 2  # the pipeline, and this test's second question
+    assert found.row == reader.read(501)
+    assert found.memory.shown_ids.tolist() == [1, 2]
+    assert is_watched(found.memory.watched, np.array([2, 1])).tolist() == [True, False]
+    assert found.memory.blocked_creators.tolist() == [4]
+    assert len(reader.read_viewer(502).memory.shown_ids) == 0
+
+
+def test_row_and_memory_are_read_from_sqlite(built, tmp_path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    shutil.copytree(built.run.path, run.path)
+    store = register_features(run.features, DIMENSIONS, "sqlite")
+    materialise(run.features, built.until_s)
+    memory = open_viewer_memory(store)
+    memory.remember_shown(501, [1, 2], time.time())
+    reader = ViewerRowReader(store, memory=memory)
+    assert reader.read_viewer(501).memory.shown_ids.tolist() == [1, 2]
+    assert reader.read_viewer(501).row == reader.read(501)
+    assert (run.features / MEMORY_FILE).exists()
+    memory._read.connection.close()
+    assert reader.read_viewer(501).memory is None  # the row alone
+    assert ViewerRowReader(store).read_viewer(501).memory is None

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,12 @@ import numpy as np
 import pytest
 from tests.support.pipelines.fake_service import FakeService, liked_slates, running, with_canary
 
+from reelway.pipelines.datasets.store import write_dataset
 from reelway.pipelines.simulation.arm_stickiness import GRACE_S, ArmStickinessCheck
 from reelway.pipelines.simulation.config import DAY_S, SimulationConfig
 from reelway.pipelines.simulation.live_traffic import LiveTraffic, TrafficOptions
 from reelway.pipelines.simulation.live_viewers import LiveViewers, ShownSlate, load_world
+from reelway.pipelines.simulation.simulate_log import simulate
 from reelway.pipelines.simulation.world import World
 from reelway.platform.cli.processes import reelway_command
 from reelway.platform.errors import ConfigError, DataError
@@ -146,6 +147,13 @@ def test_imported_data_set_has_no_simulated_viewers() -> None:
         load_world({"name": "MovieLens", "seed": 0})
 
 
+def test_data_set_of_an_earlier_world_is_rejected() -> None:
+    info = simulate(CONFIG, 3).info
+    assert load_world(dict(info)).config == CONFIG
+    with pytest.raises(ConfigError, match="version 1 of the simulated world"):
+        load_world({**info, "world_version": 1})
+
+
 def record_responses(ledger: ArmStickinessCheck, canaries: set[str], at_s: float, **answers: str) -> None:
     """Records responses to the viewers v1, v2, ... from these releases, then the routing."""
     for viewer, release in answers.items():
@@ -194,9 +202,8 @@ def test_reshuffled_viewers_are_counted_over_http(world: World) -> None:
 
 
 def test_ctrl_c_ends_traffic_with_a_complete_report(tmp_path: Path) -> None:
-    dataset = tmp_path / "run" / "dataset"
-    dataset.mkdir(parents=True)
-    (dataset / "dataset.json").write_text(json.dumps({"name": "simulated", "seed": 3, "config": asdict(CONFIG)}))
+    log = simulate(CONFIG, 3)
+    write_dataset(tmp_path / "run" / "dataset", log.tables, log.info, log.dimensions)
     report = tmp_path / "report.json"
     with running(FakeService(Routing.single_release(OLD), CONFIG.videos, delay_s=0.2)) as service:
         (tmp_path / "run" / "serving.json").write_text(json.dumps({"url": service.url}))

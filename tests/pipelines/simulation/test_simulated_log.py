@@ -11,6 +11,7 @@ from reelway.pipelines.simulation.arrivals import draw_requests
 from reelway.pipelines.simulation.config import SimulationConfig
 from reelway.pipelines.simulation.logging_policy import LoggingPolicy
 from reelway.pipelines.simulation.policies import OraclePolicy, Policy, RandomPolicy, RecentPopularity
+from reelway.pipelines.simulation.satiation import ViewingHistory
 from reelway.pipelines.simulation.simulate_log import simulate, simulate_traffic_log
 from reelway.pipelines.simulation.world import World
 
@@ -95,7 +96,7 @@ def watch_s(policy: Policy, seed: int = 5) -> float:
     rng = np.random.default_rng(seed)
     viewers = rng.permutation(world().available_viewers(CONFIG.end_s))[:1000]
     slates = policy.slates(viewers, CONFIG.end_s, 10, rng)
-    return world().respond(viewers, slates, CONFIG.end_s, rng).watch_s_per_impression
+    return world().respond(viewers, slates, CONFIG.end_s, rng, ViewingHistory(world().videos)).watch_s_per_impression
 
 
 class TopicAffinity:
@@ -114,7 +115,7 @@ class TopicAffinity:
         self.rate = (np.bincount(video, hit, CONFIG.videos) + 4 * hit.mean()) / (count + 4)
 
     def slates(self, viewer_ids, time_s, count, rng, /, *, seen=None):  # type: ignore[no-untyped-def]  # noqa: ARG002
-        score = self.affinity[viewer_ids - 1][:, world().videos.topic] * self.rate
+        score = self.affinity[viewer_ids - 1][:, world().videos.topic[: CONFIG.videos]] * self.rate
         score[:, len(world().available_videos(time_s)) :] = 0
         return np.argsort(-score, axis=1)[:, :count] + 1
 
@@ -127,6 +128,18 @@ def test_watch_time_ranks_recommenders_by_quality() -> None:
     assert popular > 1.1 * random
     assert oracle > 2.5 * popular
     assert learned > 1.3 * popular
+
+
+def test_repeated_video_is_watched_less_in_the_log() -> None:
+    """The same pairs of viewer and video: the second exposure is enjoyed less than the first."""
+    labels = label_impressions(logged().impressions, logged().outcomes, logged().videos).sort_by("event_time")
+    pair = labels["viewer_id"].to_numpy() * 10_000 + labels["video_id"].to_numpy()
+    order = np.argsort(pair, kind="stable")
+    first = np.flatnonzero(np.diff(pair[order], prepend=-1))
+    repeated = first[:-1][np.diff(first) > 1]
+    long_watch = labels["long_watch"].to_numpy()[order].astype(np.float64)
+    assert len(repeated) > 2_000
+    assert long_watch[repeated + 1].mean() < 0.5 * long_watch[repeated].mean()
 
 
 def test_policies_recommend_only_available_unseen_videos() -> None:

@@ -12,10 +12,12 @@ from reelway.pipelines.simulation.responses import (
     FLAGS,
     Responses,
     ShownSlates,
+    attention,
     draw_responses,
     expected_watch_ms,
     responses_to_events,
 )
+from reelway.pipelines.simulation.satiation import ViewingHistory
 from reelway.pipelines.simulation.world import PAD, World
 from reelway.platform.contracts.events import DATASET_TABLES, OutcomeType
 from reelway.platform.errors import ConfigError, DataError
@@ -54,7 +56,7 @@ def test_world_depends_only_on_its_seed() -> None:
 
 
 def test_new_viewers_and_videos_arrive_during_the_log() -> None:
-    for created in (world().viewers.created_s, world().videos.uploaded_s):
+    for created in (world().viewers.created_s, world().videos.uploaded_s[: CONFIG.videos]):
         per_day = np.histogram(created, bins=CONFIG.start_s + DAY_S * np.arange(CONFIG.days + 1))[0]
         assert (per_day > 10).all()
         assert (created < CONFIG.start_s).mean() > 0.3
@@ -82,10 +84,16 @@ def test_similar_embeddings_share_a_topic(name: str) -> None:
     assert same.mean() > 8 * chance
 
 
-def test_viewer_tastes_drift() -> None:
-    viewers = np.arange(1, CONFIG.viewers + 1)
+def without_drift(created: World) -> World:
+    created.taste_drift_DVT = np.zeros_like(created.taste_drift_DVT)
+    created.topic_drift_HT = np.zeros_like(created.topic_drift_HT)
+    return created
+
+
+def test_viewer_tastes_change() -> None:
+    viewers, changed = np.arange(1, CONFIG.viewers + 1), without_drift(World(CONFIG, 0))
     first, last = (
-        world().viewer_vectors(viewers, np.full(len(viewers), t))[:, :32] for t in (CONFIG.start_s, CONFIG.end_s)
+        changed.viewer_vectors(viewers, np.full(len(viewers), t))[:, :32] for t in (CONFIG.start_s, CONFIG.end_s)
     )
     moved = np.linalg.norm(last - first, axis=1)
     assert (moved > 1.0).mean() > 0.25
@@ -95,7 +103,7 @@ def test_viewer_tastes_drift() -> None:
 def test_trends_rise_and_fall() -> None:
     viewer = np.array([1])
     hours = np.arange(0, CONFIG.days * 24, 6)
-    still = World(CONFIG, 0)
+    still = without_drift(World(CONFIG, 0))
     still.viewers = replace(still.viewers, late_taste=still.viewers.early_taste)
     path = np.stack([still.viewer_vectors(viewer, CONFIG.start_s + 3600.0 * np.array([h]))[0, :32] for h in hours])
     swing = path.max(axis=0) - np.maximum(path[0], path[-1])
@@ -106,7 +114,7 @@ def test_responses_follow_taste() -> None:
     viewers, shown = slates(3000, 1)
     moment = np.full(len(viewers), CONFIG.end_s)
     enjoy = world().enjoyment(viewers, shown, moment)
-    answers = world().respond(viewers, shown, CONFIG.end_s, rng())
+    answers = world().respond(viewers, shown, CONFIG.end_s, rng(), ViewingHistory(world().videos))
     liked = enjoy[:, 0] > 0.5
     assert answers.enjoyed[liked].mean() == pytest.approx(enjoy[liked].mean(), abs=0.06)
     assert answers.watch_ms[liked].mean() > 3 * answers.watch_ms[~liked].mean()
@@ -124,7 +132,9 @@ def test_video_in_a_foreign_language_is_enjoyed_less() -> None:
 
 def test_lower_positions_are_examined_less_often() -> None:
     viewers, shown = slates(4000, 10)
-    examined = world().respond(viewers, shown, CONFIG.end_s, rng()).examined.mean(axis=0)
+    examined = (
+        world().respond(viewers, shown, CONFIG.end_s, rng(), ViewingHistory(world().videos)).examined.mean(axis=0)
+    )
     assert examined[0] == 1.0
     assert (np.diff(examined) < 0).all()
     assert examined[-1] < 0.75
@@ -132,7 +142,7 @@ def test_lower_positions_are_examined_less_often() -> None:
 
 def test_unexamined_positions_have_no_response() -> None:
     viewers, shown = slates(2000, 10)
-    answers = world().respond(viewers, shown, CONFIG.end_s, rng())
+    answers = world().respond(viewers, shown, CONFIG.end_s, rng(), ViewingHistory(world().videos))
     for field in fields(Responses):
         if field.name not in ("present", "examined", "shown_ms"):
             assert not getattr(answers, field.name)[~answers.examined].any()
@@ -143,8 +153,10 @@ def test_expected_watch_time_is_the_mean_of_drawn_watch_time() -> None:
     shape, duration = (20_000, 1), np.float32(20_000)
     means = []
     for p in (0.0, 0.3, 0.9):
+        present, enjoy = np.ones(shape, dtype=np.bool_), np.full(shape, p, np.float32)
+        examined, enjoyed = attention(rng(1).random((2, *shape), dtype=np.float32), present, enjoy)
         answers = draw_responses(
-            rng(), present=np.ones(shape, dtype=np.bool_), enjoy_probability=np.full(shape, p, np.float32),
+            rng(), present=present, examined=examined, enjoyed=enjoyed, enjoy_probability=enjoy,
             duration_ms=np.full(shape, duration), quality=np.zeros(shape, np.float32),
             reactivity=np.ones(shape[0], np.float32),
         )  # fmt: skip
@@ -160,7 +172,7 @@ def test_pads_duplicates_or_future_videos_are_never_enjoyed() -> None:
     enjoy = world().enjoyment(np.array([1]), slate, np.array([early_s]))
     assert enjoy[0, 0] > 0
     assert (enjoy[0, 1:] == 0).all()
-    answers = world().respond(np.array([1]), slate, early_s, rng())
+    answers = world().respond(np.array([1]), slate, early_s, rng(), ViewingHistory(world().videos))
     assert answers.present.tolist() == [[True, True, True, False]]
     assert not answers.examined[0, 3]
 
@@ -174,17 +186,17 @@ def test_slate_with_a_single_topic_is_enjoyed_less() -> None:
 
 
 @pytest.mark.parametrize(
-    ("viewer", "video", "message"), [(0, 1, "viewer id 0"), (10**6, 1, "viewer id"), (1, 1001, "video id 1001")]
+    ("viewer", "video", "message"), [(0, 1, "viewer id 0"), (10**6, 1, "viewer id"), (1, 10**6, "video id 1000000")]
 )
 def test_unknown_ids_are_rejected(viewer: int, video: int, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        world().respond(np.array([viewer]), np.array([[video]]), CONFIG.end_s, rng())
+        world().respond(np.array([viewer]), np.array([[video]]), CONFIG.end_s, rng(), ViewingHistory(world().videos))
 
 
 def test_responses_become_events_in_the_schema() -> None:
     viewers, shown = slates(200, 5)
     shown[:50, 3:] = PAD
-    answers = world().respond(viewers, shown, CONFIG.end_s, rng())
+    answers = world().respond(viewers, shown, CONFIG.end_s, rng(), ViewingHistory(world().videos))
     slates_shown = ShownSlates(
         request_id=np.arange(200) + 7, viewer_ids=viewers, slates=shown, time_s=np.full(200, CONFIG.end_s),
         propensity=np.full(shown.shape, 0.5, np.float32), source=np.zeros(shown.shape, np.int8), sources=["ann"],

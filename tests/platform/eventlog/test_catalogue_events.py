@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from tests.support.dimensions import DIMENSIONS
+from tests.support.eventlog.kafka_broker import Broker
 
 from reelway.platform.eventlog.catalogue_events import (
     Restore,
@@ -24,8 +26,9 @@ from reelway.platform.eventlog.catalogue_events import (
     explain_first_problem,
     parse_change,
 )
-from reelway.platform.eventlog.catalogue_log import CataloguePublisher, VersionGuard
-from reelway.platform.eventlog.event_log import LogRecord, StoredRecord
+from reelway.platform.eventlog.catalogue_log import CataloguePublisher, VersionGuard, is_at
+from reelway.platform.eventlog.event_log import LogRecord, Offsets, StoredRecord
+from reelway.platform.eventlog.kafka_log import KafkaLog
 from reelway.platform.eventlog.topics import Topic, open_topic
 
 UPLOAD = {
@@ -139,3 +142,23 @@ def test_publisher_reads_back_the_takedowns_in_effect(tmp_path: Path) -> None:
         state = publisher.read_takedowns()
         assert [change.key for change in state.takedowns()] == ["creator:3"]
         assert publisher.end_offsets() == {Topic.CATALOGUE: {0: 2}, Topic.TAKEDOWNS: {0: 5}}
+
+
+@pytest.mark.kafka
+def test_guard_repairs_the_order_of_versions_on_kafka(broker: Broker) -> None:
+    """The record that compaction keeps, the last of its key, is the newest version."""
+    with closing(KafkaLog(broker.servers, broker.topic(3, {"cleanup.policy": "compact"}))) as takedowns:
+        guard = VersionGuard(takedowns, decode_status_changes)
+        changes = [Takedown(video_id=video, reason="spam", version=version) for version in (2, 1) for video in range(9)]
+        takedowns.append([as_record(change, 3) for change in changes])
+        appended, deadline = 0, time.monotonic() + 30
+        while appended < 9 or not guard.is_at_end:
+            assert time.monotonic() < deadline
+            appended += guard.step().appended
+        last: dict[str, int] = {}
+        position: Offsets = {}
+        while not is_at(position, takedowns.end_offsets()):
+            read = takedowns.read(position, limit=100)
+            position = read.next_offsets
+            last |= {change.key: change.version for change in decode_status_changes(read.records)[0] if change}
+    assert last == {f"video:{video}": 2 for video in range(9)}

@@ -6,6 +6,7 @@ from dataclasses import replace
 from uuid import uuid4
 
 import pytest
+from confluent_kafka.admin import NewTopic
 from tests.support.eventlog.kafka_broker import Broker
 from typer.testing import CliRunner
 
@@ -40,7 +41,7 @@ def test_compacted_topics_have_no_retention() -> None:
 
 
 def test_folder_has_no_topics_to_create() -> None:
-    with pytest.raises(ConfigError, match="runs/events.*kafka://host:port"):
+    with pytest.raises(ConfigError, match=r"runs/events.*kafka://host:port"):
         required_topics("runs/events", SIZES)
 
 
@@ -89,10 +90,9 @@ def test_missing_topics_are_created_once(broker: Broker) -> None:
 @pytest.mark.long
 @pytest.mark.kafka
 def test_command_fails_on_a_topic_with_client_timestamps(broker: Broker) -> None:
-    prefix = broker.topic(4, {TIMESTAMP_TYPE: "CreateTime"}).removesuffix("outcomes") + "-"
-    from confluent_kafka.admin import NewTopic
-
-    for future in broker.admin.create_topics([NewTopic(f"{prefix}outcomes", 12, 1)]).values():
+    prefix = f"{uuid4().hex[:8]}-"
+    outcomes = NewTopic(f"{prefix}outcomes", 12, 1, config={TIMESTAMP_TYPE: "CreateTime", CLEANUP_POLICY: "delete"})
+    for future in broker.admin.create_topics([outcomes]).values():
         future.result(30)
     arguments = ["topics", "create", "--events", f"kafka://{broker.servers}/{prefix}", "--replication", "1"]
     done = CliRunner().invoke(build_app(), [*arguments, "--min-in-sync", "1"])

@@ -28,7 +28,13 @@ from reelway.platform.contracts import manifest as files
 from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 from reelway.platform.contracts.feature_names import VIDEO_DENSE
 from reelway.platform.contracts.manifest import Manifest, Waiver
-from reelway.platform.contracts.release_files import NEIGHBOURS_SCHEMA, POPULAR_SCHEMA, videos_schema, with_dimensions
+from reelway.platform.contracts.release_files import (
+    CREATORS_SCHEMA,
+    NEIGHBOURS_SCHEMA,
+    POPULAR_SCHEMA,
+    videos_schema,
+    with_dimensions,
+)
 from reelway.platform.errors import (
     DigestMismatchError,
     GateFailedError,
@@ -397,11 +403,23 @@ def _unknown_popular(folder: Path) -> None:
     write_arrow(folder / files.POPULAR_FILE, table.set_column(2, POPULAR_SCHEMA.field("video_id"), ids))
 
 
-def _far_neighbour(folder: Path) -> None:
-    table = _table(folder, files.NEIGHBOURS_FILE)
+def _far_neighbour(folder: Path, name: str = files.NEIGHBOURS_FILE) -> None:
+    table = _table(folder, name)
     kind = NEIGHBOURS_SCHEMA.field("rows").type
     rows = pa.FixedSizeListArray.from_arrays(pa.array(np.full(64 * kind.list_size, 64), pa.int32()), kind.list_size)
-    write_arrow(folder / files.NEIGHBOURS_FILE, table.set_column(1, NEIGHBOURS_SCHEMA.field("rows"), rows))
+    write_arrow(folder / name, table.set_column(1, NEIGHBOURS_SCHEMA.field("rows"), rows))
+
+
+def _far_creator_video(folder: Path) -> None:
+    table = _table(folder, files.CREATORS_FILE)
+    field = CREATORS_SCHEMA.field("best")
+    size = field.type.list_size
+    rows = pa.FixedSizeListArray.from_arrays(pa.array(np.full(table.num_rows * size, 64), pa.int32()), size)
+    write_arrow(folder / files.CREATORS_FILE, table.set_column(2, field, rows))
+
+
+def _missing_creator(folder: Path) -> None:
+    write_arrow(folder / files.CREATORS_FILE, _table(folder, files.CREATORS_FILE).slice(1))
 
 
 def _long_embedding(folder: Path) -> None:
@@ -429,7 +447,13 @@ def _two_batches(folder: Path) -> None:
         (_wider_rank, "column 'rank' is int64"),
         (_backwards, "video_id does not ascend"),
         (_unknown_popular, "lists video 999999"),
-        (_far_neighbour, r"points to rows 64\.\.64, expected -1\.\.63"),
+        (_far_neighbour, r"neighbours.arrow points to rows 64\.\.64, expected -1\.\.63"),
+        (
+            lambda folder: _far_neighbour(folder, files.CONTENT_NEIGHBOURS_FILE),
+            r"content_neighbours.arrow points to rows 64\.\.64, expected -1\.\.63",
+        ),
+        (_far_creator_video, r"creators.arrow points to rows 64\.\.64, expected -1\.\.63"),
+        (_missing_creator, "creators.arrow does not list the creators"),
         (_long_embedding, "embedding has length"),
         (_two_batches, "has 2 record batches"),
         (lambda folder: (folder / files.VIDEOS_FILE).write_text("no table"), "not an Arrow IPC file"),

@@ -20,14 +20,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from reelway.pipelines import content_tables, search_index
 from reelway.pipelines import release_tables as parts
-from reelway.pipelines import search_index
 from reelway.pipelines.features.training_rows import LABELS_FILE, video_snapshot, viewer_snapshot
 from reelway.platform.contracts import manifest as names
 from reelway.platform.contracts.blend import Blend
@@ -43,7 +44,13 @@ from reelway.platform.contracts.manifest import (
     Waiver,
 )
 from reelway.platform.errors import EmptyDatasetError, MalformedFileError, ReelwayError, ReleaseError, StorageError
-from reelway.platform.features.assembly import ViewerArrays, assemble_videos, assemble_viewers, columns_from_table
+from reelway.platform.features.assembly import (
+    VideoArrays,
+    ViewerArrays,
+    assemble_videos,
+    assemble_viewers,
+    columns_from_table,
+)
 from reelway.platform.features.feast_store import feature_service_digest, open_feature_store
 from reelway.platform.release.folder import describe_files, first_validation_error, write_manifest
 from reelway.platform.release.signing import sign
@@ -252,6 +259,7 @@ def _write_tables_and_models(
     parts.write_popular(folder / names.POPULAR_FILE, video_id, parts.popular_lists(watches, len(video_id)))
     together_NK = parts.neighbours(embedding_ND, searchable, watches)
     parts.write_neighbours(folder / names.NEIGHBOURS_FILE, video_id, together_NK)
+    _write_content_tables(folder, video_id, snapshot, videos, embedding_ND, watches)
 
     sample = _sample_viewers(run, labels, until_s, models.dimensions)
     recall = search_index.tune_probes(
@@ -273,6 +281,30 @@ def _write_tables_and_models(
     )
     return _TablesSummary(
         dimensions, search_index.index_factory(len(video_id), embedding_ND.shape[1], index), recall, until_s
+    )
+
+
+def _write_content_tables(
+    folder: Path,
+    video_id: NDArray[np.int64],
+    snapshot: pa.Table,
+    videos: VideoArrays,
+    embedding_ND: NDArray[np.float32],
+    watches: parts.LongWatches,
+) -> None:
+    """Writes the tables of the sources by content and by creator."""
+    content_NV = content_tables.content_vectors([videos.visual, videos.audio, videos.text])
+    similar_NK = content_tables.content_neighbours(content_NV)
+    parts.write_neighbours(folder / names.CONTENT_NEIGHBOURS_FILE, video_id, similar_NK)
+    creator_N = pc.fill_null(snapshot["creator_id"], -1).to_numpy().astype(np.int64)
+    creators = np.unique(creator_N[creator_N >= 0])
+    uploaded_at_s = snapshot["uploaded_at_s"].to_numpy()
+    watches_N = np.bincount(watches.row, minlength=len(video_id)).astype(np.float64)
+    content_tables.write_creators(
+        folder / names.CREATORS_FILE,
+        creators,
+        content_tables.similar_creators(embedding_ND, creator_N, creators),
+        content_tables.best_videos(creator_N, watches_N, uploaded_at_s, creators),
     )
 
 

@@ -10,7 +10,7 @@ import logging
 import re
 import sys
 from collections.abc import Sequence
-from typing import Final, TextIO
+from typing import Final, Literal, TextIO
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -40,9 +40,15 @@ def counter(name: str, help_text: str, labels: Sequence[str], registry: Collecto
     return Counter(name, help_text, _check_name(name, labels), registry=registry)
 
 
-def gauge(name: str, help_text: str, labels: Sequence[str], registry: CollectorRegistry) -> Gauge:
-    """Creates a gauge, summed over the live processes of a node."""
-    return Gauge(name, help_text, _check_name(name, labels), registry=registry, multiprocess_mode="livesum")
+def gauge(
+    name: str,
+    help_text: str,
+    labels: Sequence[str],
+    registry: CollectorRegistry,
+    mode: Literal["livesum", "livemax"] = "livesum",
+) -> Gauge:
+    """Creates a gauge: the sum over the live processes of a node, or their largest value, such as the largest age."""
+    return Gauge(name, help_text, _check_name(name, labels), registry=registry, multiprocess_mode=mode)
 
 
 def age_gauge(name: str, help_text: str, labels: Sequence[str], registry: CollectorRegistry) -> Gauge:

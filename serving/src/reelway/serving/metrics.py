@@ -188,6 +188,30 @@ class IngressMetrics:
         self.videos_shown = counter(
             "reelway_ingress_videos_total", "Videos shown, by source.", [*both, "source"], registry
         )
+        self.videos_repeated = counter(
+            "reelway_ingress_repeated_videos_total",
+            "Videos shown again because too few others were left for the viewer.",
+            both,
+            registry,
+        )
+
+
+class ShownMemoryMetrics:
+    """Metrics of a router's memory of shown videos."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.faults = counter(
+            "reelway_ingress_memory_faults_total", "Failed reads and writes of the viewers' memory, by kind.",
+            ["kind"], registry,
+        )  # fmt: skip
+        self.lost = counter(
+            "reelway_ingress_memory_lost_total",
+            "Slates that were not remembered because too many waited to be written.",
+            [],
+            registry,
+        )
+        for kind in ("read", "write"):
+            self.faults.labels(kind)
 
 
 class IntakeMetrics:

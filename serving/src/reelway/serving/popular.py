@@ -7,6 +7,7 @@ stage answers.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -17,21 +18,51 @@ import pyarrow.compute as pc
 from reelway.platform.contracts.manifest import POPULAR_FILE
 from reelway.platform.contracts.release_files import POPULAR_SCHEMA
 from reelway.platform.errors import IncompatibleReleaseError
+from reelway.platform.eventlog.live_lists_file import POPULAR, TRENDING
 from reelway.serving.stages.arrays import F32, SOURCE_CODES, Candidates, Rows, ViewerQuery
+from reelway.serving.stages.exclusion import completing_rows
 from reelway.serving.stages.filtering import allowed_candidates
 from reelway.serving.video_table import ABSENT, VideoTable, open_record_batch
 
 _REGIONAL: Final = "trending:"
 
 
-class PopularLists:
-    """The lists as rows of the video table, best first; videos that the table lacks are left out."""
+@dataclass(frozen=True)
+class ListRows:
+    """The rows of one kind of list, best first: for all viewers, and for those of a region or language."""
 
-    def __init__(self, popular: Rows, trending: Rows, trending_in: Mapping[str, Rows], table: VideoTable) -> None:
-        self.popular = popular
-        self.trending = trending
-        self.trending_in = dict(trending_in)
-        self._members = {region: frozenset(rows.tolist()) for region, rows in trending_in.items()}
+    of_all: Rows
+    by_region: Mapping[str, Rows] = field(default_factory=dict)
+    by_language: Mapping[str, Rows] = field(default_factory=dict)
+
+    def for_viewer(self, region: str | None, language: str | None) -> Rows:
+        """Returns the list of the region, then that of the language, then that of all viewers, as one list.
+
+        A video may be repeated.
+        """
+        parts = [
+            rows
+            for rows in (self.by_region.get(region or ""), self.by_language.get(language or ""), self.of_all)
+            if rows is not None
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+class PopularLists:
+    """The lists as rows of the video table, best first; videos that the table lacks are left out.
+
+    Args:
+        popular: most watched videos.
+        trending: videos that rise now.
+        table: video table of the release.
+        as_of_s: time that the lists describe, in Unix seconds; None: that of the release.
+    """
+
+    def __init__(self, popular: ListRows, trending: ListRows, table: VideoTable, as_of_s: float | None = None) -> None:
+        self.popular = popular.of_all
+        self.by_kind = {POPULAR: popular, TRENDING: trending}
+        self.as_of_s = as_of_s
+        self._members = {region: frozenset(rows.tolist()) for region, rows in trending.by_region.items()}
         self._table = table
         self._no_embedding: F32 = np.zeros((1, table.embedding.shape[1]), dtype=np.float32)
 
@@ -40,10 +71,14 @@ class PopularLists:
         return region is not None and row in self._members.get(region, ())
 
     def candidates(self, query: ViewerQuery) -> Candidates:
-        """Returns the popular list as candidates, without videos of the viewer's history and without takedowns."""
+        """Returns the popular list as candidates, without takedowns and without what the viewer has seen.
+
+        See also ``completing_rows``.
+        """
         popular = self._table.servable_rows(self.popular)
-        may_show, filtered_counts = allowed_candidates(popular, query)
+        may_show, filtered_counts = allowed_candidates(popular, query, self._table)
         rows = popular[may_show]
+        rows = np.concatenate([rows, completing_rows(rows, query, self._table)])
         return Candidates(
             rows=rows,
             source=np.full(len(rows), SOURCE_CODES["popular"], dtype=np.int8),
@@ -72,11 +107,12 @@ def open_popular_lists(folder: Path, table: VideoTable) -> PopularLists:
         videos = lists.filter(pc.equal(lists["list"], name))["video_id"].to_numpy()
         known_rows = table.rows_of(videos)
         rows[name] = known_rows[known_rows != ABSENT]
-    if "popular" not in rows:
+    if POPULAR not in rows:
         raise IncompatibleReleaseError(
             f"{path}: saw lists {sorted(rows)}, expected one named 'popular'; rebuild the release"
         )
     regions = {
         name.removeprefix(_REGIONAL): known_rows for name, known_rows in rows.items() if name.startswith(_REGIONAL)
     }
-    return PopularLists(rows["popular"], rows.get("trending", rows["popular"][:0]), regions, table)
+    trending = ListRows(rows.get(TRENDING, rows[POPULAR][:0]), regions)
+    return PopularLists(ListRows(rows[POPULAR]), trending, table)

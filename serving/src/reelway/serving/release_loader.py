@@ -16,6 +16,7 @@ import numpy as np
 from reelway.platform.contracts.feature_names import RANKER_INPUTS, VIEWER_TOWER_INPUTS
 from reelway.platform.contracts.ids import ReleaseId
 from reelway.platform.contracts.manifest import (
+    CONTENT_NEIGHBOURS_FILE,
     INDEX_FILE,
     NEIGHBOURS_FILE,
     RANKER_FILE,
@@ -24,22 +25,31 @@ from reelway.platform.contracts.manifest import (
 )
 from reelway.platform.contracts.release_files import NEIGHBOURS_SCHEMA
 from reelway.platform.errors import IncompatibleReleaseError
+from reelway.platform.eventlog.live_lists_file import POPULAR, TRENDING
+from reelway.platform.features.viewer_memory import ViewerMemory
 from reelway.platform.release.folder import read_manifest
 from reelway.platform.release.signing import check_signature, load_public_keys
 from reelway.platform.release.store import ReleaseStore
 from reelway.platform.release.verify import read_blend, read_calibration
 from reelway.platform.rollout.traffic.serving_options import ReleaseArgs
 from reelway.platform.tokens import TokenSigner
+from reelway.serving.live_lists import CurrentLists, start_list_follower
 from reelway.serving.live_overlay import start_follower
 from reelway.serving.metrics import IngressMetrics
 from reelway.serving.onnx_model import OnnxModel
 from reelway.serving.popular import open_popular_lists
 from reelway.serving.request_path import InProcessRecommender, LocalStages, RouterRelease
+from reelway.serving.stages.creator_sources import (
+    FollowedCreatorsSource,
+    SimilarCreatorsSource,
+    open_creator_videos,
+)
 from reelway.serving.stages.fresh_tier import AnnWithUploads, FreshWithUploads
+from reelway.serving.stages.list_source import ListSource
 from reelway.serving.stages.ranking import LocalRanker, Ranker, Ranking
 from reelway.serving.stages.reranking import Reranking
 from reelway.serving.stages.retrieval import Retrieval
-from reelway.serving.stages.sources import AnnSource, FreshSource, NeighbourSource, StaticListSource
+from reelway.serving.stages.sources import AnnSource, FreshSource, NeighbourSource
 from reelway.serving.takedown_follower import TakedownFollower
 from reelway.serving.video_table import Rows, VideoTable, open_record_batch, open_video_table
 
@@ -99,31 +109,48 @@ class ReleaseLoader:
             self.takedowns.hide_in(table)
         return table
 
+    def lists(self) -> CurrentLists:
+        """Returns the popular and trending lists; all parts of this loader share them."""
+        return self._lists
+
+    @cached_property
+    def _lists(self) -> CurrentLists:
+        table = self.table()
+        lists = CurrentLists(open_popular_lists(self.folder, table))
+        if self.overlay:
+            start_list_follower(lists, table, self.overlay, self.release_id())
+        return lists
+
     def router_release(self) -> RouterRelease:
         """Returns the parts of the release that a router holds."""
         table, manifest = self.table(), read_manifest(self.folder)
         return RouterRelease(
             manifest.release_id,
             table,
-            open_popular_lists(self.folder, table),
+            self.lists(),
             manifest.config.get("video_features_as_of_s"),
+            read_blend(self.folder).retrieval,
         )
 
     def retrieval(self) -> Retrieval:
         """Loads the viewer tower, the index and the lists."""
         settings = read_blend(self.folder).retrieval
         table = self.table()
-        lists = open_popular_lists(self.folder, table)
+        lists = self.lists()
+        creators = open_creator_videos(self.folder, table)
         return Retrieval(
             OnnxModel(self.folder / VIEWER_TOWER_FILE, inputs=VIEWER_TOWER_INPUTS, threads=self.threads),
             {
                 "ann": AnnWithUploads(
                     AnnSource(self._index(table), table.embedding.base, settings.index_probes), table
                 ),
-                "popular": StaticListSource(lists.popular),
-                "trending": StaticListSource(lists.trending, lists.trending_in),
+                "popular": ListSource(lists, POPULAR),
+                "trending": ListSource(lists, TRENDING),
                 "fresh": FreshWithUploads(FreshSource(table, settings.fresh_hours), table, settings.fresh_hours),
-                "neighbours": NeighbourSource(self._neighbours(table)),
+                "neighbours": NeighbourSource(self._neighbours(table, NEIGHBOURS_FILE)),
+                "content": NeighbourSource(self._neighbours(table, CONTENT_NEIGHBOURS_FILE)),
+                "followed_creators": FollowedCreatorsSource(creators),
+                "similar_creators": SimilarCreatorsSource(creators),
             },
             settings,
             table,
@@ -148,10 +175,10 @@ class ReleaseLoader:
         return LocalStages(self.retrieval(), self.ranking(), self.reranking())
 
     def in_process_recommender(
-        self, signer: TokenSigner, metrics: IngressMetrics | None = None
+        self, signer: TokenSigner, metrics: IngressMetrics | None = None, memory: ViewerMemory | None = None
     ) -> InProcessRecommender:
-        """Loads the whole request path into this process."""
-        return InProcessRecommender(self.router_release(), self.stages(), signer, metrics)
+        """Loads the whole request path into this process; see ``InProcessRecommender``."""
+        return InProcessRecommender(self.router_release(), self.stages(), signer, metrics, memory)
 
     def _index(self, table: VideoTable) -> faiss.Index:
         path = self.folder / INDEX_FILE
@@ -170,8 +197,8 @@ class ReleaseLoader:
             )
         return index
 
-    def _neighbours(self, table: VideoTable) -> Rows:
-        path = self.folder / NEIGHBOURS_FILE
+    def _neighbours(self, table: VideoTable, name: str) -> Rows:
+        path = self.folder / name
         batch = open_record_batch(path)
         if not batch.schema.equals(NEIGHBOURS_SCHEMA):
             raise IncompatibleReleaseError(

@@ -10,6 +10,9 @@
     ranking        no_ranker        the order of retrieval
     re-ranking     no_reranker      the order of value
 
+Videos of the viewer's memory are left out by retrieval and by the popular list. If nearly everything was shown, videos
+are shown again in the order of ``completing_rows``, and counted.
+
 ``StageRunner`` runs each stage within its budget. If a stage fails or is late, ``StageRunner`` uses the stage's
 fallback, counts it and lists it in ``degraded``: a viewer always gets a slate.
 
@@ -33,23 +36,27 @@ from typing import Any, Final, Protocol, TypeVar
 from prometheus_client import CollectorRegistry
 
 from reelway.platform.contracts.api import Degradation, RecommendedVideo, RecommendRequest, RecommendResponse
+from reelway.platform.contracts.blend import RetrievalSettings
 from reelway.platform.contracts.events import Arm
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.errors import ServingError
+from reelway.platform.features.viewer_memory import NO_MEMORY, ViewerMemory, ViewerMemoryState
+from reelway.platform.features.viewer_memory_local import LocalViewerMemory
 from reelway.platform.tokens import TokenSigner
 from reelway.serving.circuit_breaker import CircuitBreaker
+from reelway.serving.live_lists import CurrentLists
 from reelway.serving.metrics import IngressMetrics, timed
 from reelway.serving.outcomes.exposures import SlateExposure
 from reelway.serving.parity_sample import ParitySampler
-from reelway.serving.popular import PopularLists
 from reelway.serving.slates import NO_ROLLOUT, ImpressionContext, RolloutArm, build_videos, exposure_of, new_ids
 from reelway.serving.stage_runner import RANKING, RERANKING, RETRIEVAL, VIEWER_QUERY, StageRunner
 from reelway.serving.stages.arrays import F32, SOURCES, Candidates, RankingInput, ScoredCandidates, Slate, ViewerQuery
+from reelway.serving.stages.filtering import allowed_candidates
 from reelway.serving.stages.ranking import Ranking
 from reelway.serving.stages.reranking import Reranking
 from reelway.serving.stages.retrieval import Retrieval
 from reelway.serving.video_table import VideoTable
-from reelway.serving.viewer_query import is_cold_start, viewer_query
+from reelway.serving.viewer_query import exclusions_of, is_cold_start, viewer_query
 
 T = TypeVar("T")
 
@@ -90,8 +97,9 @@ class RouterRelease:
 
     release_id: str
     table: VideoTable
-    lists: PopularLists
+    lists: CurrentLists
     videos_as_of_s: float | None = None  # the time that the release's video features describe
+    policy: RetrievalSettings = field(default_factory=RetrievalSettings)  # how long shown videos are left out
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +112,7 @@ class PathCall:
     request_id: int  # also the seed of every random choice
     shown_at_s: float | None = None
     mirrored: bool = False
+    memory: ViewerMemoryState = NO_MEMORY
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +123,7 @@ class PathResult:
     degraded: list[Degradation]
     exposure: SlateExposure | None = None
     videos: list[RecommendedVideo] = field(default_factory=list)
+    repeated: int = 0  # videos that the viewer was shown before
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,9 +172,11 @@ class RequestPath:
         degraded: list[Degradation] = []
 
         query = await self._viewer_query(call, degraded)
-        popular = partial(release.lists.candidates, query)
+        lists = release.lists.current()
+        popular = partial(lists.candidates, query)
         if self._rollout_arm.arm is Arm.HOLDOUT:
-            slate = popular().to_slate(count)
+            candidates = popular()
+            slate = candidates.to_slate(count)
         else:
             candidates = await run(RETRIEVAL, stages.retrieve, query, popular, degraded)
             in_order = candidates.values_by_position
@@ -179,8 +191,8 @@ class RequestPath:
         if call.mirrored:
             return PathResult(slate, degraded)
         exposure = exposure_of(slate, self._showing(call, query), release.table)
-        videos = build_videos(slate, exposure, release.table, release.lists, self._signer)
-        return PathResult(slate, degraded, exposure, videos)
+        videos = build_videos(slate, exposure, release.table, lists, self._signer)
+        return PathResult(slate, degraded, exposure, videos, self._count_repeated(slate, query, candidates))
 
     async def recommend(
         self,
@@ -188,6 +200,7 @@ class RequestPath:
         viewer_row: Mapping[str, Any] | None,
         now_s: float,
         shown_at_s: float | None = None,
+        memory: ViewerMemoryState = NO_MEMORY,
     ) -> Recommendation:
         """Returns a slate for the viewer, whichever stages fail.
 
@@ -195,12 +208,16 @@ class RequestPath:
             viewer_row: field name -> value; empty for an unknown viewer; ``None`` if the store could not be read.
             now_s: Unix seconds of the request.
             shown_at_s: Unix seconds of the clock, if the request states a time of its own.
+            memory: what the viewer was shown, watched and blocked.
         """
         release, (request_id,) = self._release, new_ids(1)
+        call = PathCall(request, viewer_row, now_s, request_id, shown_at_s, memory=memory)
         with timed(self._metrics.latency.labels(*self._labels)):
-            result = await self._executor.run(self, PathCall(request, viewer_row, now_s, request_id, shown_at_s))
+            result = await self._executor.run(self, call)
         slate = result.slate
         self._record_slate(slate, result.degraded)
+        if result.repeated:
+            self._metrics.videos_repeated.labels(*self._labels).inc(result.repeated)
         self._record_sources(slate)
         if self._sample and viewer_row is not None:
             self._sample.offer(
@@ -220,15 +237,24 @@ class RequestPath:
         return Recommendation(response, slate, result.exposure)
 
     async def mirror(
-        self, request: RecommendRequest, viewer_row: Mapping[str, Any] | None, now_s: float, seed: int
+        self,
+        request: RecommendRequest,
+        viewer_row: Mapping[str, Any] | None,
+        now_s: float,
+        seed: int,
+        shown_at_s: float | None = None,
+        memory: ViewerMemoryState = NO_MEMORY,
     ) -> tuple[list[int], F32]:
         """Returns the video ids and scores that would have been shown. Latency and slate are recorded as usual.
+
+        Nothing is remembered of the slate.
 
         Args:
             seed: request id of the response that the slate will be compared with.
         """
         with timed(self._metrics.latency.labels(*self._labels)):
-            result = await self._executor.run(self, PathCall(request, viewer_row, now_s, seed, mirrored=True))
+            call = PathCall(request, viewer_row, now_s, seed, shown_at_s, mirrored=True, memory=memory)
+            result = await self._executor.run(self, call)
         self._record_slate(result.slate, result.degraded)
         return self._release.table.video_id[result.slate.rows].tolist(), result.slate.score
 
@@ -237,10 +263,16 @@ class RequestPath:
         self._metrics.requests.labels(*self._labels, "failed").inc()
 
     async def _viewer_query(self, call: PathCall, degraded: list[Degradation]) -> ViewerQuery:
-        """Returns the viewer as arrays. Fallback: the request's context only."""
+        """Returns the viewer as arrays. Fallback: the request's context and the viewer's memory only."""
+        table, clock_s = self._release.table, call.now_s if call.shown_at_s is None else call.shown_at_s
+        exclusions = exclusions_of(call.memory, self._release.policy, clock_s, table)
 
         def build(viewer_row: Mapping[str, Any]) -> ViewerQuery:
-            return viewer_query(viewer_row, call.request.context, call.now_s, self._release.table, call.request_id)
+            request, seed = call.request, call.request_id
+            followed = call.memory.followed_creators
+            return viewer_query(
+                viewer_row, request.context, call.now_s, table, seed, exclusions, request.count, followed
+            )
 
         async def known(viewer_row: Mapping[str, Any]) -> ViewerQuery:
             return build(viewer_row)
@@ -269,6 +301,12 @@ class RequestPath:
             call.viewer_row is not None and is_cold_start(call.viewer_row), call.request.context.device,
             call.request.context.language,
         )  # fmt: skip
+
+    def _count_repeated(self, slate: Slate, query: ViewerQuery, candidates: Candidates) -> int:
+        if len(candidates) > query.count:  # nothing was needed to complete the slate
+            return 0
+        _, counts = allowed_candidates(slate.rows, query, self._release.table)
+        return counts["shown"] + counts["watched"]
 
     def _record_slate(self, slate: Slate, degraded: list[Degradation]) -> None:
         metrics, labels = self._metrics, self._labels
@@ -335,6 +373,9 @@ class InProcessRecommender:
     """The whole path in one process, called without an event loop.
 
     Benchmarks use it as the floor, and evaluation calls it in a closed loop.
+
+    Args:
+        memory: what viewers were shown; by default a memory of this process, in the time of the requests.
     """
 
     def __init__(
@@ -343,15 +384,21 @@ class InProcessRecommender:
         stages: Stages,
         signer: TokenSigner,
         metrics: IngressMetrics | None = None,
+        memory: ViewerMemory | None = None,
     ):
+        self._now_s = 0.0
+        self._memory = LocalViewerMemory(lambda: self._now_s) if memory is None else memory
         self._path = RequestPath(router_release, stages, signer, metrics or IngressMetrics(CollectorRegistry()))
 
     def recommend(
         self, request: RecommendRequest, viewer_row: Mapping[str, Any] | None, now_s: float | None = None
     ) -> RecommendResponse:
         """Returns one slate; see ``RequestPath.recommend``. ``now_s`` defaults to the clock's time."""
-        work = self._path.recommend(request, viewer_row, time.time() if now_s is None else now_s)
-        return run_without_waiting(work).response
+        self._now_s = time.time() if now_s is None else now_s
+        memory = self._memory.read(request.viewer_id)
+        recommendation = run_without_waiting(self._path.recommend(request, viewer_row, self._now_s, memory=memory))
+        self._memory.remember_shown(request.viewer_id, recommendation.exposure.video_id, self._now_s)
+        return recommendation.response
 
 
 def run_without_waiting(work: Coroutine[Any, Any, T]) -> T:

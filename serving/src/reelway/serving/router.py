@@ -23,6 +23,8 @@ from reelway.platform.contracts.api import OutcomesRequest, OutcomesResponse, Re
 from reelway.platform.contracts.events import Arm
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.errors import OverloadedError, ServingError
+from reelway.platform.features.viewer_memory import NO_MEMORY, ViewerMemory, ViewerMemoryState
+from reelway.platform.features.viewer_rows import StoredViewer
 from reelway.platform.rollout.sequential import overlap_weight
 from reelway.platform.rollout.traffic.routing import ArmRoute, Routing
 from reelway.platform.tokens import TokenSigner
@@ -34,6 +36,7 @@ from reelway.serving.parity_sample import ParitySampler
 from reelway.serving.release_pool import OpenRelease, ReleasePool
 from reelway.serving.request_path import Recommendation, RequestPath
 from reelway.serving.shadow import MirroredRequest, ShadowMirror, is_mirrored
+from reelway.serving.shown_memory import ShownMemory
 from reelway.serving.slates import RolloutArm
 from reelway.serving.stage_runner import VIEWER_ROW, StageRunner
 
@@ -48,7 +51,9 @@ class RouterDependencies:
     """The dependencies and limits of a router.
 
     Args:
-        read_viewer: returns a viewer's row; blocks and raises ``FeatureError``. None: all viewers are unknown.
+        read_viewer: returns a viewer's row and memory; blocks and raises ``FeatureError``. None: all viewers are
+            unknown.
+        memory: store that shown videos are written to; ``read_viewer`` reads it. None: nothing is remembered.
         viewer_row_ms: time budget of ``read_viewer`` in milliseconds.
         exposures: appends the slates that were shown to the event log. None: there is no event log.
         outcomes: accepts reported outcomes. None: they are rejected.
@@ -58,7 +63,8 @@ class RouterDependencies:
 
     signer: TokenSigner = field(repr=False)
     registry: CollectorRegistry
-    read_viewer: Callable[[int], Mapping[str, Any]] | None = None
+    read_viewer: Callable[[int], StoredViewer] | None = None
+    memory: ViewerMemory | None = None
     viewer_row_ms: float = 250.0
     sample: ParitySampler | None = None
     exposures: ExposureWriter | None = None
@@ -83,6 +89,8 @@ class Router:
     def __init__(self, open_release: Callable[[str], Awaitable[OpenRelease]], dependencies: RouterDependencies) -> None:
         self._dependencies = dependencies
         self._metrics = metrics.IngressMetrics(dependencies.registry)
+        self._memory_metrics = metrics.ShownMemoryMetrics(dependencies.registry)
+        self._shown = ShownMemory(dependencies.memory, self._memory_metrics) if dependencies.memory else None
         self._mirror = ShadowMirror(metrics.ShadowMetrics(dependencies.registry))
         self._within = CircuitBreaker(dependencies.viewer_row_ms)
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="viewer-row")
@@ -130,16 +138,18 @@ class Router:
         now_s = clock_s if request_time is None else request_time.timestamp()
         with arm_path.release.track_request():
             try:
-                row = await self._viewer_row(request.viewer_id, arm_path.runner)
-                recommendation = await arm_path.path.recommend(request, row, now_s, clock_s)
+                row, memory = await self._viewer(request.viewer_id, arm_path.runner)
+                recommendation = await arm_path.path.recommend(request, row, now_s, clock_s, memory)
             except Exception:
                 arm_path.path.count_failed()
                 raise
+        if self._shown:
+            self._shown.remember(request.viewer_id, recommendation.exposure.video_id, clock_s)
         afterwards = partial(
             self._after_response,
             arm_paths.get(Arm.SHADOW),
             routing,
-            MirroredRequest(request, row, now_s),
+            MirroredRequest(request, row, now_s, clock_s, memory),
             recommendation,
         )
         return PendingResponse(recommendation.response, afterwards)
@@ -288,20 +298,31 @@ class Router:
         runner = StageRunner(self._metrics, release.release_id, {VIEWER_ROW.name: self._within})
         return _ArmPath(release, path, served_arm, runner)
 
-    async def _viewer_row(self, viewer_id: int, runner: StageRunner) -> Mapping[str, Any] | None:
-        """Returns the viewer's row, or ``None`` if the store fails or is late.
+    async def _viewer(self, viewer_id: int, runner: StageRunner) -> tuple[Mapping[str, Any] | None, ViewerMemoryState]:
+        """Returns the viewer's row, or ``None`` if the store fails or is late, and the viewer's memory.
 
-        A thread reads the row, because the read blocks. The request path lists the missing row as a degradation.
+        A thread reads both, because the read blocks. The request path lists the missing row as a degradation. A memory
+        that cannot be read is counted; what this router showed itself is known without the store.
         """
+        stored = await self._stored_viewer(viewer_id, runner)
+        memory, shown = stored.memory, self._shown
+        if shown is None:
+            return stored.row, memory or NO_MEMORY
+        if memory is None:
+            self._memory_metrics.faults.labels("read").inc()
+            memory = NO_MEMORY
+        return stored.row, shown.with_recent(viewer_id, memory)
+
+    async def _stored_viewer(self, viewer_id: int, runner: StageRunner) -> StoredViewer:
         read = self._dependencies.read_viewer
         if read is None:
-            return None
+            return StoredViewer(None, NO_MEMORY)
         loop = asyncio.get_running_loop()
 
-        def read_in_thread(viewer_id: int) -> Awaitable[Mapping[str, Any] | None]:
+        def read_in_thread(viewer_id: int) -> Awaitable[StoredViewer]:
             return loop.run_in_executor(self._threads, read, viewer_id)
 
-        return await runner.run(VIEWER_ROW, read_in_thread, viewer_id, lambda: None, [])
+        return await runner.run(VIEWER_ROW, read_in_thread, viewer_id, lambda: StoredViewer(None), [])
 
 
 def rollout_arm(routing: Routing, arm: Arm) -> RolloutArm:

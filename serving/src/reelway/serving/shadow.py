@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from reelway.platform.contracts.api import RecommendRequest
 from reelway.platform.contracts.ids import short_id
+from reelway.platform.features.viewer_memory import ViewerMemoryState
 from reelway.platform.rollout.traffic.bucketing import bucket_of
 from reelway.serving.metrics import ShadowMetrics
 from reelway.serving.release_pool import OpenRelease
@@ -39,11 +40,13 @@ def is_mirrored(viewer_id: int, salt: str, weight_bp: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class MirroredRequest:
-    """A request with the viewer row and the time it was answered with."""
+    """A request with the viewer row, the memory and the times it was answered with."""
 
     request: RecommendRequest
     viewer_row: Mapping[str, Any] | None
     now_s: float
+    shown_at_s: float
+    memory: ViewerMemoryState
 
 
 class ShadowMirror:
@@ -79,6 +82,8 @@ class ShadowMirror:
                         mirrored_request.viewer_row,
                         mirrored_request.now_s,
                         recommendation.response.request_id,
+                        mirrored_request.shown_at_s,
+                        mirrored_request.memory,
                     )
         except Exception as fault:  # a failure of a mirrored release is only counted
             log.warning("mirrored request to %s failed: %s: %s", name, type(fault).__name__, fault)

@@ -74,7 +74,8 @@ def slices_of(rows: Rows, context: ImpressionContext, table: VideoTable) -> NDAr
         + _NEW_VIDEOS * new.astype(np.int64)
         + _SMALL_CREATORS * small.astype(np.int64)
     )
-    return bits.astype(np.int8)
+    masks: NDArray[np.int8] = bits.astype(np.int8)
+    return masks
 
 
 def exposure_of(slate: Slate, context: ImpressionContext, table: VideoTable) -> SlateExposure:
@@ -113,6 +114,14 @@ def new_ids(count: int) -> list[int]:
     return ids
 
 
+_REASONS: Final = {
+    "fresh": "new upload",
+    "popular": "popular now",
+    "followed_creators": "from a creator you follow",
+    "similar_creators": "from a creator like those you watch",
+}
+
+
 def reason_text(source: str, row: int, watched: str | None, region: str | None, lists: PopularLists) -> str:
     """Returns the reason shown to the viewer, by the source that proposed the video.
 
@@ -120,13 +129,13 @@ def reason_text(source: str, row: int, watched: str | None, region: str | None, 
         watched: title of the watched video that led to the recommendation; ``""`` if that video has no title, ``None``
             if no video led to it.
     """
-    if source in ("ann", "neighbours"):
+    if source in ("ann", "neighbours", "content"):
         if watched is None:
             return "picked for you"
         return f"because you watched {watched}" if watched else "because of what you watched"
     if source == "trending":
         return f"rising in {region}" if lists.is_trending_in(row, region) else "rising now"
-    return {"fresh": "new upload", "popular": "popular now"}[source]
+    return _REASONS[source]
 
 
 def sign_tokens(exposure: SlateExposure, signer: TokenSigner) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any, Final
@@ -9,9 +10,12 @@ from typing import Any, Final
 import numpy as np
 
 from reelway.platform.contracts.api import RequestContext
+from reelway.platform.contracts.blend import RetrievalSettings
 from reelway.platform.contracts.feature_names import VIEWER_VIEWS, VIEWS
 from reelway.platform.features.assembly import assemble_viewers, columns_from_row
-from reelway.serving.stages.arrays import Candidates, RankingInput, ViewerQuery
+from reelway.platform.features.viewer_memory import NO_IDS, ViewerMemoryState
+from reelway.platform.features.watched_filter import generation_at
+from reelway.serving.stages.arrays import I64, NO_EXCLUSIONS, Candidates, Exclusions, RankingInput, ViewerQuery
 from reelway.serving.video_table import ABSENT, VideoTable
 
 _FIELDS: Final = tuple(name for view in VIEWER_VIEWS for name in VIEWS[view])
@@ -24,7 +28,14 @@ def is_cold_start(viewer_row: Mapping[str, Any]) -> bool:
 
 
 def viewer_query(
-    viewer_row: Mapping[str, Any], context: RequestContext, now_s: float, table: VideoTable, seed: int
+    viewer_row: Mapping[str, Any],
+    context: RequestContext,
+    now_s: float,
+    table: VideoTable,
+    seed: int,
+    exclusions: Exclusions = NO_EXCLUSIONS,
+    count: int = 0,
+    followed_creators: I64 = NO_IDS,
 ) -> ViewerQuery:
     """Returns the viewer at the moment of the request.
 
@@ -34,6 +45,9 @@ def viewer_query(
         now_s: Unix seconds.
         table: video table of the release; history videos that it lacks are left out.
         seed: seed of every random choice in this request.
+        exclusions: see ``exclusions_of``.
+        count: videos requested.
+        followed_creators: creators that the viewer follows.
     """
     row = {name: value for name in _FIELDS if (value := viewer_row.get(name)) is not None}
     row.setdefault("region", context.region)
@@ -47,9 +61,30 @@ def viewer_query(
         history_rows=history[known],
         history_weights=weights[known],
         region=row["region"],
+        language=row["language"],
         now_s=now_s,
         seed=seed,
+        exclusions=exclusions,
+        count=count,
+        followed_creators=followed_creators,
     )
+
+
+def exclusions_of(memory: ViewerMemoryState, policy: RetrievalSettings, now_s: float, table: VideoTable) -> Exclusions:
+    """Returns what the release's policy leaves out of a viewer's memory.
+
+    Args:
+        now_s: Unix seconds of the clock that the memory was written by.
+        table: video table of the release; shown videos that it lacks are left out.
+    """
+    first = int(np.searchsorted(memory.shown_at_s, now_s - policy.shown_hours * 3600.0, side="right"))
+    first = max(first, len(memory.shown_ids) - policy.shown_videos)
+    shown = table.rows_of(memory.shown_ids[first:])
+    watched = memory.watched
+    if len(watched):
+        oldest = generation_at(now_s - policy.watched_days * 86_400.0) if policy.watched_days else math.inf
+        watched = watched[memory.watched_generations >= oldest]
+    return Exclusions(shown[shown != ABSENT], watched, memory.blocked_creators, memory.blocked_topics)
 
 
 def cold_start_query(table: VideoTable) -> ViewerQuery:

@@ -29,7 +29,8 @@ def simulate(
     """Simulate viewers, creators, videos and the viewers' reactions to recommendations.
 
     Tastes drift, trends rise and fall, viewers and videos arrive during the log, and some embeddings are missing or
-    poor. A better recommender earns more watch time, a broken one less. Takes seconds.
+    poor. Viewers enjoy a video less when they see it again soon. A better recommender earns more watch time, a broken
+    one less. Takes seconds.
 
     \b
     Examples:
@@ -42,13 +43,20 @@ def simulate(
     from reelway.pipelines.datasets.dataset_step import write_checked_dataset
     from reelway.pipelines.simulation.config import SimulationConfig
     from reelway.pipelines.simulation.simulate_log import simulate as simulate_log
+    from reelway.pipelines.simulation.world_constants import WORLD_VERSION
     from reelway.platform.cli.terminal import print_status, progress
     from reelway.platform.run_directory import RunDirectory
 
     config = SimulationConfig(viewers=viewers, videos=videos, days=days, impressions=impressions)
     limits = CheckLimits()
     directory = RunDirectory(run)
-    identity = {"kind": "simulated", "seed": seed, "simulation": asdict(config), "limits": asdict(limits)}
+    identity = {
+        "kind": "simulated",
+        "seed": seed,
+        "simulation": asdict(config),
+        "world_version": WORLD_VERSION,
+        "limits": asdict(limits),
+    }
     outputs = [directory.dataset / "dataset.json"]
     with directory.step("dataset", config=identity, outputs=outputs, force=force) as step:
         if step.cached:

@@ -60,16 +60,14 @@ def traffic(
     if url is None and not record.exists():
         raise ConfigError(f"{run} is not being served; run `reelway serve --run {run}`, or pass --url")
     address = url or str(json.loads(record.read_text())["url"])
-    traffic_report = _run_traffic(
-        json.loads(info_path.read_text()), address, rate, seconds, viewers, count, timeout_s, report, seed
-    )
+    traffic_report = _run_traffic(directory.dataset, address, rate, seconds, viewers, count, timeout_s, report, seed)
     _show(traffic_report)
     if report is not None:
         print_status(f"report: {report}")
 
 
 def _run_traffic(
-    info: dict[str, Any],
+    dataset: Path,
     url: str,
     rate: float,
     seconds: float | None,
@@ -80,14 +78,17 @@ def _run_traffic(
     seed: int,
 ) -> dict[str, Any]:
     import asyncio
+    import json
     import signal
     import time
 
     from reelway.pipelines.simulation.live_traffic import LiveTraffic, TrafficOptions
-    from reelway.pipelines.simulation.live_viewers import LiveViewers, load_world
+    from reelway.pipelines.simulation.live_viewers import LiveViewers, load_history, load_world
 
     options = TrafficOptions(url, rate, seconds, count, timeout_s, seed=seed, report=report)
-    crowd = LiveViewers(load_world(info), seed=seed, now_s=time.time(), count=viewers)
+    world = load_world(json.loads((dataset / "dataset.json").read_text()))
+    history = load_history(world, dataset / "outcomes.parquet")
+    crowd = LiveViewers(world, seed=seed, now_s=time.time(), count=viewers, history=history)
     print_status(
         f"{crowd.count} viewers, {rate:g} requests per second to {url}" + ("" if seconds else "; stop with Ctrl-C")
     )

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from reelway.pipelines.features.follows import restore_follows
 from reelway.pipelines.features.training_rows import viewer_snapshot
 from reelway.platform.atomic_files import write_json
 from reelway.platform.contracts.feature_names import VIEWER_VIEWS, VIEWS
 from reelway.platform.errors import FeatureError
 from reelway.platform.features.feast_store import open_feature_store
+from reelway.platform.features.viewer_memory import open_viewer_memory
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -39,8 +41,11 @@ def _silent(_done: int, _total: int) -> None:
 def materialise(features_dir: Path, at_s: float, report: Report = _silent) -> int:
     """Writes every known viewer's row as of ``at_s`` (Unix seconds) to the online store. Returns the number of viewers.
 
+    The creators that the viewers follow are written into the viewers' memory.
+
     Raises:
         FeatureError: if the views are not built, or the online store cannot be written.
+        StorageError: if the viewers' memory cannot be written.
     """
     store = open_feature_store(features_dir)
     profiles = features_dir / "views" / "viewer_profile"
@@ -54,6 +59,7 @@ def materialise(features_dir: Path, at_s: float, report: Report = _silent) -> in
             part = snapshot.slice(start, WRITE_BATCH_ROWS)
             done += write_rows(store, view, part, [datetime.fromtimestamp(at_s, UTC)] * part.num_rows)
             report(done, total)
+    restore_follows(open_viewer_memory(store), features_dir, at_s)
     write_json(features_dir / MATERIALISATION_FILE, {"at_s": at_s, "viewers": snapshot.num_rows})
     return int(snapshot.num_rows)
 

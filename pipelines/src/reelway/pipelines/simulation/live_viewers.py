@@ -1,7 +1,7 @@
 """Simulated viewers for live traffic: draws the next viewer to request a slate, and the viewer's reaction.
 
-The viewers continue the run's simulated world from the end of its log. This module models viewer tastes only,
-not releases or HTTP.
+The viewers continue the run's simulated world from the end of its log, and have watched what the log contains. This
+module models viewer tastes only, not releases or HTTP.
 
 **Simulated time.** If the log ended recently (within the days for which the world has trends), simulated time is the
 current time, and video ages are those that the models were trained on. An older log continues from its end, second by
@@ -18,15 +18,19 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from reelway.pipelines.simulation.arrivals import DEVICES
 from reelway.pipelines.simulation.config import DAY_S, SimulationConfig
 from reelway.pipelines.simulation.responses import FLAGS, Responses
-from reelway.pipelines.simulation.world import PAD, TREND_MARGIN_D, World
+from reelway.pipelines.simulation.satiation import ViewingHistory
+from reelway.pipelines.simulation.world import PAD, World
+from reelway.pipelines.simulation.world_constants import LIVE_DAYS, WORLD_VERSION
 from reelway.platform.contracts.events import LONG_WATCH_CAP_MS, LONG_WATCH_RATIO, OutcomeType
 from reelway.platform.errors import ConfigError, DataError
 
@@ -59,15 +63,29 @@ def load_world(dataset_info: dict[str, Any]) -> World:
     """Returns the world of a run's simulated data set, from its ``dataset.json``.
 
     Raises:
-        ConfigError: if the data set was imported, because the viewers' tastes are then unknown.
+        ConfigError: if the data set was imported, because the viewers' tastes are then unknown, or if another version
+            of the world simulated it.
     """
     try:
-        return World(SimulationConfig(**dataset_info["config"]), int(dataset_info["seed"]))
+        config, seed = SimulationConfig(**dataset_info["config"]), int(dataset_info["seed"])
     except (KeyError, TypeError) as error:
         raise ConfigError(
             f"data set {dataset_info.get('name', 'unnamed')!r} has no simulated viewers; create a simulated one with "
             "`reelway simulate --run DIR`"
         ) from error
+    if (version := dataset_info.get("world_version")) != WORLD_VERSION:
+        raise ConfigError(
+            f"data set of version {version or 1} of the simulated world: its viewers differ from those of version "
+            f"{WORLD_VERSION}; simulate it again with `reelway simulate --run DIR`"
+        )
+    return World(config, seed)
+
+
+def load_history(world: World, outcomes: Path) -> ViewingHistory:
+    """Returns what the viewers had watched at the end of the log whose outcomes are in this Parquet file."""
+    history = ViewingHistory(world.videos)
+    history.add_outcomes(pq.read_table(outcomes, columns=["viewer_id", "video_id", "type", "value", "event_time"]))
+    return history
 
 
 class LiveViewers:
@@ -78,12 +96,22 @@ class LiveViewers:
         count: number of viewers, sampled once. Defaults to all viewers who have an account.
         seed: random seed of this object, independent of the world's seed.
         now_s: start of the traffic in Unix seconds.
+        history: what the viewers have watched before. Defaults to nothing.
     """
 
-    def __init__(self, world: World, *, seed: int, now_s: float, count: int | None = None) -> None:
+    def __init__(
+        self,
+        world: World,
+        *,
+        seed: int,
+        now_s: float,
+        count: int | None = None,
+        history: ViewingHistory | None = None,
+    ) -> None:
         self._world = world
+        self._history = ViewingHistory(world.videos) if history is None else history
         self._rng = np.random.default_rng(np.random.SeedSequence([world.seed, seed, 9]))
-        reaches_s = world.end_s + TREND_MARGIN_D * DAY_S / 2
+        reaches_s = world.end_s + LIVE_DAYS * DAY_S / 2
         self._behind_s = 0.0 if world.end_s <= now_s <= reaches_s else now_s - world.end_s
         available = world.available_viewers(self.simulated_time_s(now_s))
         if count is not None:
@@ -118,7 +146,7 @@ class LiveViewers:
         """Draws one reaction per slate, shown at the simulated time ``simulated_time_s``.
 
         Raises:
-            DataError: if a viewer or video does not exist in this world.
+            DataError: if a viewer does not exist in this world, or a video is not uploaded yet.
         """
         if not slates:
             return []
@@ -129,8 +157,11 @@ class LiveViewers:
         for row, slate in enumerate(slates):
             video_BS[row, : len(slate.video_ids)] = slate.video_ids
         viewer_B = np.array([slate.viewer_id for slate in slates], dtype=np.int64)
+        available = len(self._world.available_videos(moment_s))
         try:
-            responses = self._world.respond(viewer_B, video_BS, moment_s, self._rng)
+            if (early := video_BS[video_BS > available]).size:
+                raise DataError(f"simulation: video id {early[0]} is not uploaded yet, expected 1..{available}")
+            responses = self._world.respond(viewer_B, video_BS, moment_s, self._rng, self._history)
         except DataError as error:
             raise DataError(f"{error}; check that the service serves a release of this run") from error
         return _reactions(slates, responses, self._world.videos.duration_ms[np.maximum(video_BS - 1, 0)])

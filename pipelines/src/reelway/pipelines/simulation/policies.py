@@ -43,7 +43,7 @@ class RandomPolicy:
     def slates(
         self, viewer_ids: I64, time_s: float, count: int, rng: np.random.Generator, /, *, seen: Bools | None = None
     ) -> I64:
-        score = rng.random((len(viewer_ids), self._world.config.videos))
+        score = rng.random((len(viewer_ids), len(self._world.videos.topic)))
         return _best(self._world, score, time_s, count, seen)
 
 
@@ -60,7 +60,7 @@ class RecentPopularity:
         video = watched["video_id"].to_numpy() - 1
         enough_ms = np.minimum(LONG_WATCH_RATIO * world.videos.duration_ms[video], LONG_WATCH_CAP_MS)
         long_watch = watched["value"].to_numpy() >= enough_ms
-        self.counts = np.bincount(video[long_watch], minlength=world.config.videos).astype(np.float64)
+        self.counts = np.bincount(video[long_watch], minlength=len(world.videos.topic)).astype(np.float64)
 
     def slates(
         self, viewer_ids: I64, time_s: float, count: int, _: np.random.Generator, /, *, seen: Bools | None = None
@@ -70,7 +70,10 @@ class RecentPopularity:
 
 
 class OraclePolicy:
-    """Recommends the videos with the highest expected watch time: an upper bound for any recommender."""
+    """Recommends the videos with the highest expected watch time at the first exposure.
+
+    It is an upper bound for recommenders that show a viewer no video twice, up to the mild satiation of a session.
+    """
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -84,10 +87,10 @@ class OraclePolicy:
 
 
 def _best(world: World, score_BM: NDArray[np.floating], time_s: float, count: int, seen: Bools | None) -> I64:
-    score_BM = score_BM.astype(np.float64)
-    score_BM[:, len(world.available_videos(time_s)) :] = -np.inf
+    available = len(world.available_videos(time_s))
+    score_BM = score_BM[:, :available].astype(np.float64)
     if seen is not None:
-        score_BM[seen] -= 1e12  # below all unseen videos, above unavailable ones
+        score_BM[seen[:, :available]] -= 1e12  # below all unseen videos
     top = np.argpartition(-score_BM, count - 1, axis=1)[:, :count]
     order = np.argsort(-np.take_along_axis(score_BM, top, axis=1), axis=1, kind="stable")
     chosen: I64 = np.take_along_axis(top, order, axis=1) + 1

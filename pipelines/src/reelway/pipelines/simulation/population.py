@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reelway.pipelines.simulation.config import DAY_S, SimulationConfig
+from reelway.pipelines.simulation.world_constants import LIVE_DAYS, UPLOAD_CYCLE, UPLOAD_PEAK_H
 from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 
 F32 = NDArray[np.float32]
@@ -117,6 +118,26 @@ def _arrivals(rng: Generator, size: int, at_start: float, config: SimulationConf
     return times
 
 
+def _draw_upload_times(rng: Generator, config: SimulationConfig) -> F64:
+    """Draws ``config.videos`` uploads before the end of the log and their continuation at the same rate, sorted."""
+    before = _arrivals(rng, config.videos, config.videos_at_start_ratio, config, 30.0)
+    during = before >= config.start_s
+    before[during] = _daily_cycle_times(rng, int(during.sum()), config.start_s, config.days)
+    per_day = config.videos * (1.0 - config.videos_at_start_ratio) / config.days
+    later = _daily_cycle_times(rng, int(rng.poisson(per_day * LIVE_DAYS)), config.end_s, LIVE_DAYS)
+    return np.sort(np.concatenate([before, np.maximum(later, config.end_s + 1.0)]))
+
+
+def _daily_cycle_times(rng: Generator, size: int, from_s: float, days: int) -> F64:
+    """Draws independent times within whole days from ``from_s`` on, in whole seconds, with the uploads' daily cycle."""
+    at_h = np.linspace(0.0, 24.0, 24 * 60 + 1)
+    hour = from_s / 3600.0 + at_h
+    density = 1.0 + UPLOAD_CYCLE * np.cos((hour - UPLOAD_PEAK_H) / 24.0 * 2 * np.pi)
+    until = np.concatenate([[0.0], np.cumsum(0.5 * (density[1:] + density[:-1]))])
+    times: F64 = rng.integers(0, days, size) * DAY_S + 3600.0 * np.interp(rng.random(size) * until[-1], until, at_h)
+    return np.floor(from_s + times)
+
+
 def draw_topic_shares(rng: Generator) -> F64:
     weights = 1.0 / (np.arange(TOPICS) + 10.0)
     shares: F64 = rng.permutation(weights / weights.sum())
@@ -180,8 +201,9 @@ def draw_creators(rng: Generator, config: SimulationConfig, shares: F64) -> Crea
 
 
 def draw_videos(rng: Generator, config: SimulationConfig, creators: Creators, shares: F64) -> Videos:
-    """Draws ``config.videos`` videos, all uploaded before the end of the log."""
-    size = config.videos
+    """Draws ``config.videos`` videos that are uploaded before the end of the log, then those of the days after it."""
+    uploaded_s = _draw_upload_times(rng, config)
+    size = len(uploaded_s)
     creator = _choice(rng, creators.productivity, size)
     creator_topic = creators.topics[creator, (rng.random(size) < 0.3).astype(np.int64)]
     topic = np.where(rng.random(size) < 0.12, _choice(rng, shares, size), creator_topic).astype(np.int32)
@@ -195,7 +217,7 @@ def draw_videos(rng: Generator, config: SimulationConfig, creators: Creators, sh
     speechless = rng.random(size) < 0.25
     language = np.where(speechless, NO_LANGUAGE, creators.language[creator]).astype(np.int32)
     return Videos(
-        uploaded_s=np.sort(_arrivals(rng, size, config.videos_at_start_ratio, config, 30.0)),
+        uploaded_s=uploaded_s,
         creator=creator,
         duration_ms=(1000 * rng.lognormal(np.log(15.0), 0.35, size).clip(5, 60)).astype(np.int32),
         topic=topic,

@@ -29,6 +29,10 @@ _CONTINUE_IF_BORED, _CONTINUE_IF_PLEASED = 0.93, 0.995
 """Probability of continuing after a video that was not enjoyed or was enjoyed."""
 _SKIPPED_MS: Final = 1_900.0
 """Mean watch time of a video that was not enjoyed."""
+_SKIPPED_AT_MOST, _ENJOYED_AT_LEAST = 0.65, 0.75
+"""Limits of the watched ratio of a video that was not enjoyed or was enjoyed."""
+ENJOYED_RATIO: Final = 0.7
+"""A watched ratio from here on means that the video was enjoyed."""
 FLAGS: Final = ("like", "share", "save", "follow", "comment", "skip", "not_interested", "report")
 
 
@@ -63,23 +67,36 @@ def expected_watch_ms(enjoy_probability: F32, duration_ms: F32) -> F32:
     return mean
 
 
+def attention(chance_2BS: F32, present: Bools, enjoy_probability: F32) -> tuple[Bools, Bools]:
+    """Returns which positions are examined and which of them are enjoyed, ``[B, S]``, from uniform draws."""
+    enjoy_chance, stay_chance = chance_2BS
+    enjoyed = enjoy_chance < enjoy_probability
+    stay = stay_chance < np.where(enjoyed, np.float32(_CONTINUE_IF_PLEASED), np.float32(_CONTINUE_IF_BORED))
+    examined = present.copy()
+    examined[:, 1:] &= np.logical_and.accumulate(stay, axis=1)[:, :-1]
+    return examined, enjoyed & examined
+
+
 def draw_responses(
-    rng: np.random.Generator, *, present: Bools, enjoy_probability: F32, duration_ms: F32, quality: F32, reactivity: F32
+    rng: np.random.Generator,
+    *,
+    present: Bools,
+    examined: Bools,
+    enjoyed: Bools,
+    enjoy_probability: F32,
+    duration_ms: F32,
+    quality: F32,
+    reactivity: F32,
 ) -> Responses:
-    """Draws responses. Shapes ``[B, S]``, ``reactivity`` ``[B]``."""
+    """Draws the responses that follow from ``attention``. Shapes ``[B, S]``, ``reactivity`` ``[B]``."""
 
     def chance() -> F32:
         return rng.random(enjoy_probability.shape, dtype=np.float32)
 
-    enjoyed = chance() < enjoy_probability
-    stay = chance() < np.where(enjoyed, np.float32(_CONTINUE_IF_PLEASED), np.float32(_CONTINUE_IF_BORED))
-    examined = present.copy()
-    examined[:, 1:] &= np.logical_and.accumulate(stay, axis=1)[:, :-1]
-    enjoyed &= examined
-
-    ratio = 0.75 + 0.4 * chance()  # beyond 1 the video loops
+    ratio = _ENJOYED_AT_LEAST + 0.4 * chance()  # beyond 1 the video loops
     bored_ms = np.minimum(
-        rng.standard_exponential(enjoy_probability.shape, dtype=np.float32) * _SKIPPED_MS, 0.65 * duration_ms
+        rng.standard_exponential(enjoy_probability.shape, dtype=np.float32) * _SKIPPED_MS,
+        _SKIPPED_AT_MOST * duration_ms,
     )
     watch_ms: F32 = np.where(enjoyed, ratio * duration_ms, np.maximum(bored_ms, 150.0)).astype(np.float32)
     watch_ms[~examined] = 0.0

@@ -20,7 +20,9 @@ from reelway.pipelines.simulation.config import SimulationConfig
 from reelway.pipelines.simulation.logging_policy import SOURCES, LoggingPolicy
 from reelway.pipelines.simulation.population import DIMENSIONS
 from reelway.pipelines.simulation.responses import Responses, ShownSlates, responses_to_events
+from reelway.pipelines.simulation.satiation import ViewingHistory
 from reelway.pipelines.simulation.world import World
+from reelway.pipelines.simulation.world_constants import WORLD_VERSION
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
@@ -43,7 +45,7 @@ def simulate_traffic_log(world: World, *, progress: Progress = _ignore_progress)
     config = world.config
     rng = np.random.default_rng(np.random.SeedSequence([world.seed, 1]))
     requests = draw_requests(world, max(config.impressions // config.slate, 1), rng)
-    policy = LoggingPolicy(world)
+    policy, history = LoggingPolicy(world), ViewingHistory(world.videos)
     bounds = np.arange(config.start_s, config.end_s, config.policy_period_s)
     cuts = [*np.searchsorted(requests.time_s, bounds), len(requests.time_s)]
     answers: list[tuple[I64, F32, NDArray[np.int8]]] = []
@@ -54,7 +56,7 @@ def simulate_traffic_log(world: World, *, progress: Progress = _ignore_progress)
             continue
         viewer_ids = requests.viewer_ids[first:end]
         answers.append(policy.choose(viewer_ids, rng))
-        responses.append(world.respond(viewer_ids, answers[-1][0], requests.time_s[first:end], rng))
+        responses.append(world.respond(viewer_ids, answers[-1][0], requests.time_s[first:end], rng, history))
         policy.learn(answers[-1][0], responses[-1])
         progress(int(end), len(requests.time_s))
     slates, propensity, source = (np.concatenate(column) for column in zip(*answers, strict=True))
@@ -70,7 +72,13 @@ def simulate_traffic_log(world: World, *, progress: Progress = _ignore_progress)
         devices=DEVICES,
     )
     impressions, outcomes = responses_to_events(shown, _joined(responses))
-    info = {"name": "simulated", "source": "reelway simulate", "seed": world.seed, "config": asdict(config)}
+    info = {
+        "name": "simulated",
+        "source": "reelway simulate",
+        "seed": world.seed,
+        "config": asdict(config),
+        "world_version": WORLD_VERSION,
+    }
     return Dataset(
         world.viewers_table(), world.creators_table(), world.videos_table(), impressions, outcomes, info, DIMENSIONS
     )  # fmt: skip

@@ -24,6 +24,8 @@ INDEX_FILE: Final = "index.faiss"
 VIDEOS_FILE: Final = "videos.arrow"
 POPULAR_FILE: Final = "popular.arrow"
 NEIGHBOURS_FILE: Final = "neighbours.arrow"
+CONTENT_NEIGHBOURS_FILE: Final = "content_neighbours.arrow"
+CREATORS_FILE: Final = "creators.arrow"
 BLEND_FILE: Final = "blend.yaml"
 CALIBRATION_FILE: Final = "calibration.json"
 MANIFEST_FILE: Final = "manifest.json"
@@ -33,7 +35,7 @@ REHEARSAL_PREFIX: Final = "rehearsal-"
 
 RELEASE_FILES: Final = (
     VIEWER_TOWER_FILE, VIDEO_TOWER_FILE, RANKER_FILE, INDEX_FILE, VIDEOS_FILE, POPULAR_FILE, NEIGHBOURS_FILE,
-    BLEND_FILE, CALIBRATION_FILE,
+    CONTENT_NEIGHBOURS_FILE, CREATORS_FILE, BLEND_FILE, CALIBRATION_FILE,
 )  # fmt: skip
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

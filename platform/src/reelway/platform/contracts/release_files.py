@@ -18,6 +18,8 @@ from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 from reelway.platform.contracts.feature_names import ID_HASHES, VIDEO_CATEGORIES, VIDEO_LIVE_DENSE, VIDEO_STATIC_DENSE
 
 NEIGHBOURS_PER_VIDEO: Final = 20
+SIMILAR_CREATORS: Final = 10
+VIDEOS_PER_CREATOR: Final = 10
 INDEX_OVERFETCH: Final = 3
 OVERLAY_CAPACITY: Final = 50_000
 """Rows that the overlay may add to the video table of a release: uploads and updates since it was built."""
@@ -77,5 +79,14 @@ NEIGHBOURS_SCHEMA: Final = pa.schema(
         pa.field(
             "rows", pa.list_(pa.int32(), NEIGHBOURS_PER_VIDEO), nullable=False
         ),  # rows of videos.arrow, -1 for none
+    ]
+)
+"""Schema of ``neighbours.arrow`` (item to item) and ``content_neighbours.arrow`` (content vectors)."""
+
+CREATORS_SCHEMA: Final = pa.schema(
+    [
+        pa.field("creator_id", pa.int64(), nullable=False),  # ascending; every creator of videos.arrow
+        pa.field("similar", pa.list_(pa.int32(), SIMILAR_CREATORS), nullable=False),  # rows of this file, -1 for none
+        pa.field("best", pa.list_(pa.int32(), VIDEOS_PER_CREATOR), nullable=False),  # rows of videos.arrow, -1 for none
     ]
 )

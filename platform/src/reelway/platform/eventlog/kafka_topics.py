@@ -70,8 +70,8 @@ def find_faults(found: Mapping[Topic, KafkaTopic]) -> list[str]:
         for setting, value in wanted.items():
             if seen.settings.get(setting) != value:
                 faults.append(
-                    f"topic {seen.name}: {setting} is {seen.settings.get(setting)!r}, expected {value!r}; change it with "
-                    f"`kafka-configs.sh --alter --entity-type topics --entity-name {seen.name} "
+                    f"topic {seen.name}: {setting} is {seen.settings.get(setting)!r}, expected {value!r}; "
+                    f"change it with `kafka-configs.sh --alter --entity-type topics --entity-name {seen.name} "
                     f"--add-config {setting}={value}`"
                 )
     keyed = [found[topic] for topic in sorted(_KEYED_BY_VIEWER) if topic in found]

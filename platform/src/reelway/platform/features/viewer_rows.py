@@ -1,4 +1,4 @@
-"""Reads one viewer's row from the online store of a run and hides Feast's protos and provider.
+"""Reads one viewer's row and memory from the online store of a run and hides Feast's protos and provider.
 
 Missing values are ``None``; a store that fails raises ``FeatureError``. So an unreachable store is not mistaken for an
 unknown viewer. Feast is imported inside functions. The import takes about a second, and commands without features do
@@ -7,19 +7,25 @@ not need it.
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from reelway.platform.contracts.feature_names import VIEWER_SERVICE
-from reelway.platform.errors import FeatureError
+from reelway.platform.errors import FeatureError, StorageError
 from reelway.platform.features.feast_store import feature_service
+from reelway.platform.features.viewer_memory import ViewerMemory, ViewerMemoryState
+from reelway.platform.features.viewer_memory_redis import COMMANDS_PER_READ, RedisViewerMemory
 
 if TYPE_CHECKING:
     from feast import FeatureStore, FeatureView
     from feast.infra.online_stores.redis import RedisOnlineStore
     from feast.protos.feast.types.EntityKey_pb2 import EntityKey
+
+log = logging.getLogger(__name__)
 
 AS_OF: Final = "as_of_s"
 """Key of a viewer's row for the times of its features; not a feature."""
@@ -30,6 +36,14 @@ Stored = Iterator[tuple[str, float | None, dict[str, Any]]]
 """For each view with the entity: the view's name, the row's time (Unix seconds), and field name -> Feast value."""
 
 
+@dataclass(frozen=True, slots=True)
+class StoredViewer:
+    """What the stores hold of a viewer."""
+
+    row: Mapping[str, Any] | None  # field name -> value; None: the row could not be read
+    memory: ViewerMemoryState | None = None  # None: the memory could not be read
+
+
 class ViewerRowReader:
     """Reads one viewer's row: the fields of a service's views, ``None`` if the store has no value.
 
@@ -37,8 +51,11 @@ class ViewerRowReader:
     queries the same online store for one known entity and decodes the values. Threads may share an instance.
     """
 
-    def __init__(self, store: FeatureStore, service: str = VIEWER_SERVICE) -> None:
+    def __init__(self, store: FeatureStore, service: str = VIEWER_SERVICE, memory: ViewerMemory | None = None) -> None:
         """Reads the service's views from the registry once.
+
+        Args:
+            memory: memory that ``read_viewer`` reads with the row.
 
         Raises:
             FeatureError: if the store does not contain the service.
@@ -55,6 +72,7 @@ class ViewerRowReader:
             _RedisHashReader(store, online, views) if type(online) is RedisOnlineStore else _PerViewReader(store, views)
         )
         self._empty = {name: None for _, fields in views for name in fields}
+        self._memory = memory
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -69,22 +87,54 @@ class ViewerRowReader:
         Raises:
             FeatureError: if the online store cannot be read.
         """
-        from feast.protos.feast.types.EntityKey_pb2 import EntityKey
-        from feast.protos.feast.types.Value_pb2 import Value
-
-        key = EntityKey(join_keys=["viewer_id"], entity_values=[Value(int64_val=viewer_id)])
-        row: dict[str, Any] = dict(self._empty)
-        as_of_s: dict[str, float] = {}
         try:
-            for view, moment_s, values in self._stored(key):
-                if moment_s is not None:
-                    as_of_s[view] = moment_s
-                for name, value in values.items():
-                    row[name] = _decode_value(value)
+            return self._to_row(self._stored(_entity_key(viewer_id)))
         except Exception as error:  # Feast does not wrap the errors of its online store's client
             raise FeatureError(
                 f"online store: cannot read viewer {viewer_id}: {type(error).__name__}: {error}"
             ) from error
+
+    def read_viewer(self, viewer_id: int) -> StoredViewer:
+        """Returns the viewer's row and memory, which Redis answers in one round trip.
+
+        A part that cannot be read is ``None``.
+
+        Raises:
+            FeatureError: if neither can be read.
+        """
+        memory = self._memory
+        if memory is None:
+            return StoredViewer(self.read(viewer_id))
+        if isinstance(self._stored, _RedisHashReader) and isinstance(memory, RedisViewerMemory):
+            try:
+                stored, state = self._stored.read_with_memory(_entity_key(viewer_id), viewer_id, memory)
+                return StoredViewer(self._to_row(stored), state)
+            except Exception as error:  # see ``read``
+                raise FeatureError(
+                    f"online store: cannot read viewer {viewer_id}: {type(error).__name__}: {error}"
+                ) from error
+        remembered: ViewerMemoryState | None
+        try:
+            remembered = memory.read(viewer_id)
+        except StorageError as error:
+            log.warning("viewer memory not read: %s", error)
+            remembered = None
+        try:
+            return StoredViewer(self.read(viewer_id), remembered)
+        except FeatureError as error:
+            if remembered is None:
+                raise
+            log.warning("viewer row not read: %s", error)
+            return StoredViewer(None, remembered)
+
+    def _to_row(self, stored: Stored) -> dict[str, Any]:
+        row: dict[str, Any] = dict(self._empty)
+        as_of_s: dict[str, float] = {}
+        for view, moment_s, values in stored:
+            if moment_s is not None:
+                as_of_s[view] = moment_s
+            for name, value in values.items():
+                row[name] = _decode_value(value)
         if as_of_s:
             row[AS_OF] = as_of_s
         return row
@@ -134,6 +184,20 @@ class _RedisHashReader:
     def __call__(self, key: EntityKey) -> Stored:
         (redis_key,) = self._online._generate_redis_keys_for_entities(self._config, [key])
         (stored,) = self._online._read_hash_fields(self._config, [(redis_key, self._keys)])
+        return self._decode(stored)
+
+    def read_with_memory(
+        self, key: EntityKey, viewer_id: int, memory: RedisViewerMemory
+    ) -> tuple[Stored, ViewerMemoryState]:
+        """Reads the row and the memory with one pipeline, in one round trip."""
+        (redis_key,) = self._online._generate_redis_keys_for_entities(self._config, [key])
+        with memory.client.pipeline(transaction=False) as pipe:
+            pipe.hmget(redis_key, self._keys)
+            generations = memory.add_read(pipe, viewer_id)
+            answers = pipe.execute()
+        return self._decode(answers[0]), memory.decode(generations, answers[-COMMANDS_PER_READ:])
+
+    def _decode(self, stored: list[Any]) -> Stored:
         at = 0
         for view, fields in self._views:
             moment, values = stored[at + len(fields)], stored[at : at + len(fields)]
@@ -141,6 +205,13 @@ class _RedisHashReader:
             if moment is not None:
                 found = {n: self._value.FromString(v) for n, v in zip(fields, values, strict=True) if v is not None}
                 yield view, self._timestamp.FromString(moment).ToNanoseconds() / 1e9, found
+
+
+def _entity_key(viewer_id: int) -> EntityKey:
+    from feast.protos.feast.types.EntityKey_pb2 import EntityKey
+    from feast.protos.feast.types.Value_pb2 import Value
+
+    return EntityKey(join_keys=["viewer_id"], entity_values=[Value(int64_val=viewer_id)])
 
 
 def _to_unix_seconds(moment: datetime) -> float:

@@ -12,8 +12,21 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from reelway.platform.contracts.manifest import NEIGHBOURS_FILE, POPULAR_FILE, VIDEOS_FILE, Dimensions
-from reelway.platform.contracts.release_files import NEIGHBOURS_SCHEMA, POPULAR_SCHEMA, dimensions_of, videos_schema
+from reelway.platform.contracts.manifest import (
+    CONTENT_NEIGHBOURS_FILE,
+    CREATORS_FILE,
+    NEIGHBOURS_FILE,
+    POPULAR_FILE,
+    VIDEOS_FILE,
+    Dimensions,
+)
+from reelway.platform.contracts.release_files import (
+    CREATORS_SCHEMA,
+    NEIGHBOURS_SCHEMA,
+    POPULAR_SCHEMA,
+    dimensions_of,
+    videos_schema,
+)
 from reelway.platform.errors import IncompatibleReleaseError
 
 
@@ -39,14 +52,13 @@ def open_table(path: Path, schema: pa.Schema) -> pa.RecordBatch:
 
 
 def check_tables(folder: Path, dimensions: Dimensions) -> None:
-    """Checks rows, order and references of all three tables.
+    """Checks rows, order and references of all tables.
 
     Raises:
         IncompatibleReleaseError: if a check fails; the message names the file and the value.
     """
     videos = open_table(folder / VIDEOS_FILE, videos_schema(dimensions.embedding))
     popular = open_table(folder / POPULAR_FILE, POPULAR_SCHEMA)
-    neighbours = open_table(folder / NEIGHBOURS_FILE, NEIGHBOURS_SCHEMA)
     rows = videos.num_rows
     if rows != dimensions.videos:
         raise IncompatibleReleaseError(f"{VIDEOS_FILE} has {rows} rows, the manifest says {dimensions.videos}")
@@ -64,12 +76,26 @@ def check_tables(folder: Path, dimensions: Dimensions) -> None:
     unknown = np.setdiff1d(popular.column("video_id").to_numpy(), video_id)
     if len(unknown):
         raise IncompatibleReleaseError(f"{POPULAR_FILE} lists video {unknown[0]}, which {VIDEOS_FILE} does not have")
-    if not np.array_equal(neighbours.column("video_id").to_numpy(), video_id):
-        raise IncompatibleReleaseError(f"{NEIGHBOURS_FILE} does not list the videos of {VIDEOS_FILE} in its order")
-    indices = neighbours.column("rows").flatten().to_numpy()
-    if rows and (indices.min() < -1 or indices.max() >= rows):
+    for name in (NEIGHBOURS_FILE, CONTENT_NEIGHBOURS_FILE):
+        neighbours = open_table(folder / name, NEIGHBOURS_SCHEMA)
+        if not np.array_equal(neighbours.column("video_id").to_numpy(), video_id):
+            raise IncompatibleReleaseError(f"{name} does not list the videos of {VIDEOS_FILE} in its order")
+        _check_rows(name, neighbours.column("rows"), rows)
+    creators = open_table(folder / CREATORS_FILE, CREATORS_SCHEMA)
+    creator_id = videos.column("creator_id").to_numpy()
+    if not np.array_equal(creators.column("creator_id").to_numpy(), np.unique(creator_id[creator_id >= 0])):
         raise IncompatibleReleaseError(
-            f"{NEIGHBOURS_FILE} points to rows {indices.min()}..{indices.max()}, expected -1..{rows - 1}"
+            f"{CREATORS_FILE} does not list the creators of {VIDEOS_FILE} in ascending order"
+        )
+    _check_rows(CREATORS_FILE, creators.column("similar"), creators.num_rows)
+    _check_rows(CREATORS_FILE, creators.column("best"), rows)
+
+
+def _check_rows(name: str, column: pa.FixedSizeListArray, rows: int) -> None:
+    indices = column.flatten().to_numpy()
+    if len(indices) and (indices.min() < -1 or indices.max() >= rows):
+        raise IncompatibleReleaseError(
+            f"{name} points to rows {indices.min()}..{indices.max()}, expected -1..{rows - 1}"
         )
 
 

@@ -22,6 +22,7 @@ from reelway.platform.eventlog import EventLog, LogRecord
 from reelway.platform.eventlog.topics import Topic, open_topic, topic_address
 from reelway.platform.features.feast_store import open_feature_store
 from reelway.platform.features.vector_log import VectorLog, host_log_path
+from reelway.platform.features.viewer_memory import open_viewer_memory
 from reelway.platform.features.viewer_rows import ViewerRowReader
 from reelway.platform.rollout.traffic.serving_options import OutcomesArgs, ReleaseArgs, RouterArgs
 from reelway.platform.tokens import TokenSigner
@@ -84,7 +85,9 @@ class RouterDeployment(Router):
     """A replica of the router."""
 
     def __init__(self, args: RouterArgs) -> None:
-        rows = ViewerRowReader(open_feature_store(args.features_dir)) if args.features_dir else None
+        store = open_feature_store(args.features_dir) if args.features_dir else None
+        memory = open_viewer_memory(store) if store else None
+        viewers = ViewerRowReader(store, memory=memory) if store else None
         sample = None
         if args.vector_log:
             vectors = VectorLog(host_log_path(args.vector_log), ratio=args.parity_ratio)
@@ -92,7 +95,8 @@ class RouterDeployment(Router):
         parts = RouterDependencies(
             signer=TokenSigner(*read_token_secrets(args.token_secrets)),
             registry=CollectorRegistry(),
-            read_viewer=rows.read if rows else None,
+            read_viewer=viewers.read_viewer if viewers else None,
+            memory=memory,
             viewer_row_ms=args.budgets.viewer_row,
             sample=sample,
             max_ongoing_requests=args.max_ongoing_requests,
@@ -115,7 +119,7 @@ class RouterDeployment(Router):
             parts = self._dependencies
             parts.exposures = ExposureWriter(partial(open_log, Topic.EXPOSURES), self.count_lost_exposure)
             writer = EventLogWriter(partial(open_log, Topic.OUTCOMES))
-            parts.outcomes = OutcomeIntake(parts.signer, writer, IntakeMetrics(parts.registry))
+            parts.outcomes = OutcomeIntake(parts.signer, writer, IntakeMetrics(parts.registry), parts.memory)
         await super().reconfigure(config)
 
     def _log_opener(self) -> Callable[[Topic], AppendLog] | None:

@@ -35,7 +35,7 @@ from reelway.serving.outcomes.collector import OutcomeCollector
 from reelway.serving.outcomes.event_log_writer import EventLogWriter
 from reelway.serving.outcomes.exposure_writer import ExposureWriter
 from reelway.serving.outcomes.exposures import ArmKey, SlateExposure
-from reelway.serving.outcomes.outcome_intake import OutcomeIntake, OutcomeMemory
+from reelway.serving.outcomes.outcome_intake import OutcomeIntake
 from reelway.serving.outcomes.outcomes_api import build_outcomes_api
 
 __all__ = [
@@ -44,7 +44,6 @@ __all__ = [
     "ExposureWriter",
     "OutcomeCollector",
     "OutcomeIntake",
-    "OutcomeMemory",
     "SlateExposure",
     "build_outcomes_api",
 ]

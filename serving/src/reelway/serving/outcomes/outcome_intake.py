@@ -7,13 +7,14 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final, Protocol
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from reelway.platform.contracts.api import OutcomesRequest, OutcomesResponse
 from reelway.platform.contracts.events import OutcomeType
+from reelway.platform.features.viewer_memory import ViewerMemory
 from reelway.platform.tokens import TokenSigner
 from reelway.serving.metrics import IntakeMetrics
 from reelway.serving.outcomes.event_log_writer import EventLogWriter
@@ -24,16 +25,6 @@ log = logging.getLogger(__name__)
 READ_INLINE: Final = 50
 """Outcomes of one request above which their tokens are checked on a thread, so that slates do not wait: about 1 ms."""
 MEMORY_TIMEOUT_S: Final = 0.5
-
-
-class OutcomeMemory(Protocol):
-    """What a viewer's memory keeps of outcomes, for the next slate. Calls block and may raise any error."""
-
-    def remember_watched(
-        self, viewer_ids: NDArray[np.int64], video_ids: NDArray[np.int64], watched_at_s: NDArray[np.float64]
-    ) -> None: ...
-
-    def block(self, viewer_id: int, *, creators: list[int], topics: list[int]) -> None: ...
 
 
 class OutcomeIntake:
@@ -50,7 +41,7 @@ class OutcomeIntake:
         signer: TokenSigner,
         writer: EventLogWriter,
         metrics: IntakeMetrics,
-        memory: OutcomeMemory | None = None,
+        memory: ViewerMemory | None = None,
         *,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -99,18 +90,24 @@ class OutcomeIntake:
             log.warning("outcomes not remembered: %s: %s", type(error).__name__, error)
 
 
-def remember(memory: OutcomeMemory, columns: OutcomeColumns, now_s: float) -> None:
-    """Passes on the videos watched to the end, and the blocked creators and topics."""
+def remember(memory: ViewerMemory, columns: OutcomeColumns, now_s: float) -> None:
+    """Passes on the videos watched to the end, the blocked creators and topics, and the followed creators."""
     watched = columns.watched_to_the_end
     if len(watched):
         memory.remember_watched(columns.viewer_id[watched], columns.video_id[watched], np.full(len(watched), now_s))
-    blocked: dict[int, tuple[list[int], list[int]]] = {}
-    for place, (kind, of_video) in enumerate(
-        [(OutcomeType.BLOCK_CREATOR, columns.creator_id), (OutcomeType.BLOCK_TOPIC, columns.topic)]
-    ):
-        rows = columns.rows_of_type(kind)
-        rows = rows[of_video[rows] >= 0]
-        for viewer, value in zip(columns.viewer_id[rows].tolist(), of_video[rows].tolist(), strict=True):
-            blocked.setdefault(viewer, ([], []))[place].append(value)
-    for viewer, (creators, topics) in blocked.items():
-        memory.block(viewer, creators=creators, topics=topics)
+    creators = _by_viewer(columns, OutcomeType.BLOCK_CREATOR, columns.creator_id)
+    topics = _by_viewer(columns, OutcomeType.BLOCK_TOPIC, columns.topic)
+    for viewer in sorted(creators.keys() | topics.keys()):
+        memory.block(viewer, creators=creators.get(viewer, []), topics=topics.get(viewer, []))
+    for viewer, followed in _by_viewer(columns, OutcomeType.FOLLOW, columns.creator_id).items():
+        memory.follow(viewer, followed)
+
+
+def _by_viewer(columns: OutcomeColumns, kind: OutcomeType, of_video: NDArray[Any]) -> dict[int, list[int]]:
+    """Returns the known values of the videos with an outcome of the type, by viewer."""
+    rows = columns.rows_of_type(kind)
+    rows = rows[of_video[rows] >= 0]
+    values: dict[int, list[int]] = {}
+    for viewer, value in zip(columns.viewer_id[rows].tolist(), of_video[rows].tolist(), strict=True):
+        values.setdefault(viewer, []).append(value)
+    return values

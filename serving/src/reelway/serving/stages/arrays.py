@@ -12,7 +12,7 @@ To add an input to ranking, change two files: add a field to ``RankingInput`` he
 then pass the field to the model in ``stages/ranking.py``. Code that transports the containers stays unchanged.
 """
 
-# Shapes: H history, C candidates, D embedding, S slate, L liked videos of the history
+# Shapes: H history, C candidates, D embedding, S slate, L liked videos of the history, R shown videos, G filters
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ from numpy.typing import NDArray
 
 from reelway.platform.contracts.blend import SourceName
 from reelway.platform.features.assembly import ViewerArrays
+from reelway.platform.features.viewer_memory import NO_FILTERS, NO_IDS
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
+U8 = NDArray[np.uint8]
 Rows = NDArray[np.int32]
 Codes = NDArray[np.int8]
 
@@ -35,6 +37,24 @@ SOURCES: Final[tuple[SourceName, ...]] = get_args(SourceName)
 NOT_RANKED: Final = np.float32(-np.inf)
 """Value of a candidate that the ranking process does not have: an upload that it has not read yet."""
 SOURCE_CODES: Final[dict[SourceName, int]] = {name: code for code, name in enumerate(SOURCES)}
+
+
+@dataclass(frozen=True, slots=True)
+class Exclusions:
+    """What is not shown to the viewer, apart from the history: the viewer's memory under the release's policy."""
+
+    shown_rows: Rows  # [R] longest ago first; a row that was shown twice may be there twice
+    watched: U8  # [G, FILTER_BYTES] see ``watched_filter``
+    blocked_creators: I64
+    blocked_topics: I64
+
+    def __bool__(self) -> bool:
+        return any(
+            len(part) > 0 for part in (self.shown_rows, self.watched, self.blocked_creators, self.blocked_topics)
+        )
+
+
+NO_EXCLUSIONS: Final = Exclusions(np.empty(0, dtype=np.int32), NO_FILTERS, NO_IDS, NO_IDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +67,10 @@ class ViewerQuery:
     region: str | None
     now_s: float
     seed: int  # seed of every random choice in this request
+    exclusions: Exclusions = NO_EXCLUSIONS
+    count: int = 0  # videos requested; retrieval returns at least so many candidates if there are so many videos
+    language: str | None = None
+    followed_creators: I64 = field(default_factory=lambda: NO_IDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +79,27 @@ class Candidates:
 
     rows: Rows  # [C]
     source: Codes  # [C] codes of SOURCES
-    similarity: F32  # [C] inner product with the viewer's embedding; 0 if the source computes none
+    similarity: F32  # [C] inner product with the viewer's embedding; 0 in fallbacks
     trigger_rows: Rows  # [C] the watched video that led to the candidate, -1 if none did
     viewer_embedding: F32  # [1, D]
     filtered_counts: dict[str, int] = field(default_factory=dict)  # reason -> proposals
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def followed_by(self, rows: Rows, embedding: F32) -> Candidates:
+        """Returns the candidates with more rows at the end. Their source is ``popular``, as that of fallbacks is.
+
+        Args:
+            embedding: embeddings of the rows, ``[C, D]``.
+        """
+        return replace(
+            self,
+            rows=np.concatenate([self.rows, rows]),
+            source=np.concatenate([self.source, np.full(len(rows), SOURCE_CODES["popular"], dtype=np.int8)]),
+            similarity=np.concatenate([self.similarity, embedding @ self.viewer_embedding[0]]),
+            trigger_rows=np.concatenate([self.trigger_rows, np.full(len(rows), -1, dtype=np.int32)]),
+        )
 
     def values_by_position(self) -> F32:
         """Returns values that keep the candidates in their present order: 1 for the first, falling towards 0."""

@@ -4,6 +4,7 @@
 |-----------------------------|----------------------------------------------------------------------------------|
 | value minus redundancy      | MMR (Carbonell and Goldstein 1998) over the embeddings of the best candidates    |
 | at most n videos a creator  | a creator's n best stay; the cap is broken, and counted, only to fill the slate  |
+| least share of a source     | the last of other sources give way to the source's best; their creators' cap holds |
 | exploration positions       | drawn uniformly from the rest, fresh uploads first; the propensity is recorded   |
 """
 
@@ -11,13 +12,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from reelway.platform.contracts.blend import RerankingSettings
-from reelway.serving.stages.arrays import F32, SOURCE_CODES, Codes, Rows, ScoredCandidates, Slate
+from reelway.serving.stages.arrays import F32, SOURCE_CODES, SOURCES, Codes, Rows, ScoredCandidates, Slate
 from reelway.serving.video_table import VideoTable
 
 Indices = NDArray[np.int64]
@@ -32,6 +34,7 @@ class Reranking:
     def __init__(self, table: VideoTable, settings: RerankingSettings) -> None:
         self._table = table
         self._settings = settings
+        self._min_shares = {SOURCE_CODES[name]: share for name, share in settings.min_shares.items()}
 
     def rerank(self, candidates: ScoredCandidates) -> Slate:
         """Returns a slate of ``candidates.count`` videos, or of all candidates if there are fewer.
@@ -49,6 +52,7 @@ class Reranking:
 
         explored = min(self._settings.exploration_slots, count, max(len(eligible_E) - (count - 1), 0))
         chosen = self._mmr_order(rows, value, eligible_E, count - explored)
+        chosen = with_min_shares(chosen, eligible_E, candidates.source, self._min_shares, count)
         drawn, propensity = self._explore(candidates.source, eligible_E, chosen, explored, candidates.seed)
         cap_violations = max(count - len(chosen) - len(drawn), 0)
         chosen = np.concatenate([chosen, over_cap[:cap_violations]])
@@ -105,6 +109,45 @@ class Reranking:
         closest = cosine.argmax(axis=1)
         near = (trigger_rows < 0) & (cosine[np.arange(len(rows)), closest] >= MIN_EXPLANATION_SIMILARITY)
         return np.where(near, liked_rows[closest], trigger_rows).astype(np.int32)
+
+
+def with_min_shares(
+    chosen: Indices, eligible_E: Indices, source: Codes, min_shares: Mapping[int, float], count: int
+) -> Indices:
+    """Replaces the last chosen candidates of other sources until every source has its least share, if it can.
+
+    A candidate gives way only if its own source keeps its least share. The best candidate of a source takes the place
+    of the last one that gives way, so the first positions of the slate stay those of the highest values.
+
+    Args:
+        chosen: indices of candidates, best first.
+        eligible_E: indices of all candidates that may be chosen, by value, best first.
+        min_shares: code of a source -> share.
+        count: length of the slate.
+    """
+    least, have = [0] * len(SOURCES), np.bincount(source[chosen], minlength=len(SOURCES)).tolist()
+    for code, share in min_shares.items():
+        least[code] = int(share * count + 1e-9)
+    missing = [code for code in min_shares if have[code] < least[code]]
+    if not missing:
+        return chosen
+    result, codes = chosen.copy(), source[chosen].tolist()
+    is_rest = np.ones(len(source), dtype=np.bool_)
+    is_rest[chosen] = False
+    rest = eligible_E[is_rest[eligible_E]]
+    source_of_rest = source[rest]
+    last = len(result) - 1
+    for code in missing:
+        for candidate in rest[source_of_rest == code][: least[code] - have[code]].tolist():
+            # A source that cannot give a video now cannot do so later, so the search never goes back.
+            while last >= 0 and have[codes[last]] <= least[codes[last]]:
+                last -= 1
+            if last < 0:
+                return result
+            have[codes[last]] -= 1
+            result[last] = candidate
+            last -= 1
+    return result
 
 
 def occurrences(values: NDArray[np.int64]) -> Indices:

@@ -7,7 +7,6 @@ A source is asked for more rows than its quota, to replace those that filters or
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -16,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reelway.platform.contracts.release_files import INDEX_OVERFETCH
-from reelway.serving.stages.arrays import F32, Rows, ViewerQuery
+from reelway.serving.stages.arrays import F32, U8, Rows, ViewerQuery
+from reelway.serving.stages.index_selection import accepts_selector, select_rows
 from reelway.serving.video_table import ABSENT, VideoTable
 
 NO_ROWS: Final = np.empty(0, dtype=np.int32)
@@ -37,7 +37,9 @@ class SourceQuery:
 
     viewer: ViewerQuery
     viewer_embedding: F32  # [1, D]
-    limit: int
+    limit: int  # includes as many proposals as filters may take away
+    searchable: U8 | None = None  # bit per row: whether an index search may return it; None: all rows
+    search_limit: int = 0  # ``limit`` for a search that leaves out the other rows
 
 
 class CandidateSource(Protocol):
@@ -69,34 +71,20 @@ class AnnSource:
         inverted = faiss.try_extract_index_ivf(index)
         if inverted and probes:
             inverted.nprobe = min(probes, inverted.nlist)
+        self._can_skip_rows = accepts_selector(index)
 
     def propose(self, query: SourceQuery) -> SourceCandidates:
-        limit = query.limit if self._is_exact else INDEX_OVERFETCH * query.limit
-        similarity, rows = self._index.search(query.viewer_embedding, min(limit, self._index.ntotal))
+        searched, parameters = query.limit, None
+        if query.searchable is not None and self._can_skip_rows:
+            searched, parameters = query.search_limit, select_rows(self._index, query.searchable)
+        limit = searched if self._is_exact else INDEX_OVERFETCH * searched
+        similarity, rows = self._index.search(query.viewer_embedding, min(limit, self._index.ntotal), params=parameters)
         candidates = rows[0][rows[0] >= 0].astype(np.int32)
         if self._is_exact:
             return SourceCandidates(candidates, similarity[0][: len(candidates)])
         exact = self._embedding.take(candidates, axis=0) @ query.viewer_embedding[0]
-        best = np.argsort(-exact)[: query.limit]
+        best = np.argsort(-exact)[:searched]
         return SourceCandidates(candidates[best], exact[best])
-
-
-class StaticListSource:
-    """Proposes a precomputed list: one for all viewers, or one per region.
-
-    Args:
-        global_rows: rows of the global list, best first.
-        by_region: region -> rows; the global list follows after the end of a region's list.
-    """
-
-    def __init__(self, global_rows: Rows, by_region: Mapping[str, Rows] | None = None) -> None:
-        self._global_rows = global_rows
-        self._by_region = {region: np.concatenate([rows, global_rows]) for region, rows in (by_region or {}).items()}
-
-    def propose(self, query: SourceQuery) -> SourceCandidates:
-        region = query.viewer.region
-        rows = self._global_rows if region is None else self._by_region.get(region, self._global_rows)
-        return SourceCandidates(rows[: query.limit])
 
 
 class FreshSource:
@@ -115,7 +103,9 @@ class FreshSource:
 
 
 class NeighbourSource:
-    """Proposes item-to-item neighbours of the videos that this viewer liked most recently.
+    """Proposes neighbours of the videos that this viewer liked most recently, by co-watches or by content.
+
+    A video that was uploaded after the release was built has no neighbours.
 
     Args:
         neighbours: rows of the neighbours of each row, ``[N, K]``, best first, padded with ``ABSENT``.
@@ -127,9 +117,8 @@ class NeighbourSource:
         self._triggers = triggers
 
     def propose(self, query: SourceQuery) -> SourceCandidates:
-        history = query.viewer.history_rows
-        has_neighbours = (query.viewer.history_weights > 0) & (history < len(self._neighbours))  # uploads have none
-        liked = history[has_neighbours][-self._triggers :][::-1]  # latest first
+        liked = query.viewer.history_rows[query.viewer.history_weights > 0]
+        liked = liked[liked < len(self._neighbours)][-self._triggers :][::-1]  # latest first
         if not len(liked):
             return SourceCandidates(NO_ROWS, trigger_rows=NO_ROWS)
         # The best neighbour of every trigger first, then the second best: one trigger cannot fill the list alone.

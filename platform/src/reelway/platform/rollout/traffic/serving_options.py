@@ -123,7 +123,8 @@ class RouterArgs(ReleaseStoreArgs):
     )
     events: str | None = Field(
         default=None,
-        description="address of the event log (see eventlog.topics), to which exposures and outcomes are appended",
+        description="address of the event log (see eventlog.topics), to which exposures and outcomes are appended and "
+        "whose takedowns are followed; without it nothing is taken down",
     )
     log_keeper: str | None = Field(
         default=None, description="application that appends to its own event log for the routers, used without events"

@@ -1,0 +1,185 @@
+"""Rebuilds the viewers' memory from the event log when its store is new or has lost its data.
+
+Routers write to the same store meanwhile. What they wrote stays newer than what is restored, and everything that is
+written twice counts once, so a rebuild may run at any time, twice, or be killed and repeated.
+"""
+
+# Shapes: N rows of a partition
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from reelway.pipelines.features.labels import times_us
+from reelway.platform.contracts.blend import MAX_SHOWN_HOURS, MAX_SHOWN_VIDEOS, MAX_WATCHED_DAYS
+from reelway.platform.contracts.events import OutcomeType
+from reelway.platform.errors import DataError, StorageError
+from reelway.platform.eventlog.event_log import EventLog, StoredRecord
+from reelway.platform.eventlog.exposure_events import decode_exposures
+from reelway.platform.eventlog.outcome_events import decode_outcomes
+from reelway.platform.features.viewer_memory import ViewerMemory
+from reelway.platform.features.watched_filter import GENERATION_DAYS
+
+log = logging.getLogger(__name__)
+
+_READ: Final = 500
+_WAIT_S: Final = 1.0
+_MOST_EMPTY_READS: Final = 30
+_CHOICES: Final = (
+    (OutcomeType.BLOCK_CREATOR, "creator_id"),
+    (OutcomeType.BLOCK_TOPIC, "topic"),
+    (OutcomeType.FOLLOW, "creator_id"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RebuiltMemory:
+    """What a rebuild wrote."""
+
+    shown: int = 0  # videos
+    watched: int = 0  # videos that were watched to the end
+    choices: int = 0  # blocks and follows
+    unreadable: int = 0  # records that were skipped
+
+
+def rebuild_viewer_memory(
+    memory: ViewerMemory, exposures: EventLog, outcomes: EventLog, now_s: float
+) -> RebuiltMemory | None:
+    """Reads the log up to its present end into the memory, unless the memory has its marker. Sets the marker.
+
+    Memory use is bounded by the exposures that one partition has in ``MAX_SHOWN_HOURS``.
+
+    Args:
+        exposures: the topic ``exposures``.
+        outcomes: the topic ``outcomes``.
+        now_s: Unix seconds; older exposures than ``MAX_SHOWN_HOURS`` before are not read into the memory.
+
+    Returns:
+        What was written; ``None`` if the memory was complete.
+
+    Raises:
+        StorageError: if the log cannot be read or the memory cannot be written. The marker is not set then.
+    """
+    if memory.is_complete():
+        return None
+    shown, unreadable = _restore_exposures(memory, exposures, now_s)
+    watched, choices, unreadable_outcomes = _restore_outcomes(memory, outcomes, now_s)
+    memory.mark_complete()
+    rebuilt = RebuiltMemory(shown, watched, choices, unreadable + unreadable_outcomes)
+    log.info("viewer memory rebuilt from the event log: %s", rebuilt)
+    return rebuilt
+
+
+def _restore_exposures(memory: ViewerMemory, exposures: EventLog, now_s: float) -> tuple[int, int]:
+    restored = unreadable = 0
+    oldest_us = int((now_s - MAX_SHOWN_HOURS * 3600.0) * 1e6)
+    for partition, end in sorted(exposures.end_offsets().items()):
+        parts = []
+        for record in _records(exposures, partition, end):
+            table = _decoded(record, exposures.name, is_outcome=False)
+            if table is None:
+                unreadable += 1
+                continue
+            shown_us = times_us(table["shown_at"])
+            viewer_video_N2 = np.stack([table["viewer_id"].to_numpy(), table["video_id"].to_numpy()], axis=1)
+            recent = shown_us >= oldest_us
+            parts.append((viewer_video_N2[recent], shown_us[recent]))
+        if parts:
+            restored += _restore_viewers(
+                memory, np.concatenate([part for part, _ in parts]), np.concatenate([part for _, part in parts])
+            )
+    return restored, unreadable
+
+
+def _restore_viewers(memory: ViewerMemory, viewer_video_N2: np.ndarray, shown_us: np.ndarray) -> int:
+    """Restores the newest videos of each viewer; a slate that is in the log twice counts once."""
+    restored = 0
+    order = np.lexsort((shown_us, viewer_video_N2[:, 0]))
+    rows, times_N = viewer_video_N2[order], shown_us[order]
+    bounds = np.flatnonzero(np.diff(rows[:, 0], prepend=-1, append=-1))
+    for first, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        _, distinct = np.unique(np.stack([rows[first:end, 1], times_N[first:end]], axis=1), axis=0, return_index=True)
+        kept = first + np.sort(distinct)[-MAX_SHOWN_VIDEOS:]
+        memory.restore_shown(int(rows[first, 0]), rows[kept, 1], times_N[kept] / 1e6)
+        restored += len(kept)
+    return restored
+
+
+def _restore_outcomes(memory: ViewerMemory, outcomes: EventLog, now_s: float) -> tuple[int, int, int]:
+    watched = choices = unreadable = 0
+    oldest_us = int((now_s - (MAX_WATCHED_DAYS + GENERATION_DAYS) * 86_400.0) * 1e6)
+    for partition, end in sorted(outcomes.end_offsets().items()):
+        for record in _records(outcomes, partition, end):
+            table = _decoded(record, outcomes.name, is_outcome=True)
+            if table is None:
+                unreadable += 1
+                continue
+            types = table["type"].cast(pa.string())
+            to_the_end = table.filter(
+                pc.and_(
+                    pc.equal(types, OutcomeType.WATCH.value),
+                    pc.and_(
+                        pc.greater(table["duration_ms"], 0),
+                        pc.greater_equal(table["value"], table["duration_ms"].cast(pa.float32(), safe=False)),
+                    ),
+                )
+            )
+            times_N = times_us(to_the_end["event_time"])
+            live = times_N >= oldest_us
+            if live.any():
+                memory.remember_watched(
+                    to_the_end["viewer_id"].to_numpy()[live], to_the_end["video_id"].to_numpy()[live],
+                    times_N[live] / 1e6,
+                )  # fmt: skip
+                watched += int(live.sum())
+            choices += _restore_choices(memory, table, types)
+    return watched, choices, unreadable
+
+
+def _restore_choices(memory: ViewerMemory, table: pa.Table, types: pa.ChunkedArray) -> int:
+    """Restores blocks and follows."""
+    choices = 0
+    for kind, column in _CHOICES:
+        chosen = table.filter(pc.and_(pc.equal(types, kind.value), pc.is_valid(table[column])))
+        for viewer_id, id_ in zip(chosen["viewer_id"].to_pylist(), chosen[column].to_pylist(), strict=True):
+            if kind is OutcomeType.FOLLOW:
+                memory.follow(viewer_id, [id_])
+            else:
+                memory.block(viewer_id, **{"creators" if column == "creator_id" else "topics": [id_]})
+            choices += 1
+    return choices
+
+
+def _records(topic: EventLog, partition: int, end: int) -> Iterator[StoredRecord]:
+    """Yields the records of one partition before ``end``. The other partitions are read from their ends on."""
+    position = {other: offset for other, offset in topic.end_offsets().items() if other != partition}
+    started_us = int(time.time() * 1e6)
+    empty_reads = 0
+    while position.get(partition, -1) < end:
+        batch = topic.read(position, limit=_READ, wait_s=_WAIT_S)
+        yield from (record for record in batch.records if record.partition == partition and record.offset < end)
+        if not batch.records and batch.watermark_us >= started_us:
+            return  # retention has deleted the records before ``end``
+        empty_reads = 0 if batch.records else empty_reads + 1
+        if empty_reads > _MOST_EMPTY_READS:
+            raise StorageError(
+                f"{topic.name}: partition {partition} ends at offset {end}, but nothing can be read after offset "
+                f"{position.get(partition)}; check the event log"
+            )
+        position = {**position, **batch.next_offsets}
+
+
+def _decoded(record: StoredRecord, name: str, *, is_outcome: bool) -> pa.Table | None:
+    try:
+        return (decode_outcomes if is_outcome else decode_exposures)(record.payload)
+    except DataError as error:
+        log.warning("record skipped: topic=%s partition=%d offset=%d: %s", name, record.partition, record.offset, error)
+        return None

@@ -1,0 +1,72 @@
+"""Viewer memory of one process, for simulations and benchmarks that run the request path without a store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from reelway.platform.features.viewer_memory import (
+    F64,
+    I64,
+    ShownSlate,
+    ViewerMemoryState,
+    memory_state,
+    pack_shown,
+    trim_shown,
+)
+from reelway.platform.features.watched_filter import add_to_filter, live_generations, positions_by_filter
+
+
+class LocalViewerMemory:
+    """``ViewerMemory`` in dictionaries. Not for several threads.
+
+    Args:
+        clock: current time in Unix seconds; simulations pass the simulated time.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._shown: dict[int, bytes] = {}
+        self._watched: dict[int, dict[int, bytes]] = {}
+        self._creators: dict[int, set[int]] = {}
+        self._topics: dict[int, set[int]] = {}
+        self._followed: dict[int, set[int]] = {}
+        self._complete = False
+
+    def read(self, viewer_id: int) -> ViewerMemoryState:
+        live = live_generations(self._clock())
+        filters = [(g, bits) for g, bits in self._watched.get(viewer_id, {}).items() if g >= live.start]
+        return memory_state(
+            self._shown.get(viewer_id, b""),
+            filters,
+            *(kept.get(viewer_id, ()) for kept in (self._creators, self._topics, self._followed)),
+        )
+
+    def remember_shown(self, viewer_id: int, video_ids: Sequence[int] | I64, shown_at_s: float) -> None:
+        packed = self._shown.get(viewer_id, b"") + pack_shown(video_ids, shown_at_s)
+        self._shown[viewer_id] = trim_shown(packed, self._clock())
+
+    def remember_slates(self, slates: Sequence[ShownSlate]) -> None:
+        for slate in slates:
+            self.remember_shown(*slate)
+
+    def restore_shown(self, viewer_id: int, video_ids: I64, shown_at_s: F64) -> None:
+        packed = pack_shown(video_ids, shown_at_s) + self._shown.get(viewer_id, b"")
+        self._shown[viewer_id] = trim_shown(packed, self._clock())
+
+    def remember_watched(self, viewer_ids: I64, video_ids: I64, watched_at_s: F64) -> None:
+        for viewer_id, generation, positions in positions_by_filter(viewer_ids, video_ids, watched_at_s):
+            filters = self._watched.setdefault(viewer_id, {})
+            filters[generation] = add_to_filter(filters.get(generation, b""), positions)
+
+    def block(self, viewer_id: int, *, creators: Sequence[int] = (), topics: Sequence[int] = ()) -> None:
+        self._creators.setdefault(viewer_id, set()).update(creators)
+        self._topics.setdefault(viewer_id, set()).update(topics)
+
+    def follow(self, viewer_id: int, creators: Sequence[int]) -> None:
+        self._followed.setdefault(viewer_id, set()).update(int(creator) for creator in creators)
+
+    def is_complete(self) -> bool:
+        return self._complete
+
+    def mark_complete(self) -> None:
+        self._complete = True

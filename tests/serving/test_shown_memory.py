@@ -1,0 +1,164 @@
+"""A router's memory of its slates: correct at once, written soon, and bounded when the store fails."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry
+
+from reelway.platform.errors import StorageError
+from reelway.platform.features.viewer_memory import NO_MEMORY, ShownSlate, ViewerMemoryState
+from reelway.platform.features.viewer_memory_sqlite import SqliteViewerMemory
+from reelway.serving.metrics import ShownMemoryMetrics
+from reelway.serving.shown_memory import RECENT_S, ShownMemory
+
+NOW_S = 1_718_000_000.0
+WAIT_S = 10.0
+
+
+class ControlledMemory(SqliteViewerMemory):
+    """A SQLite memory whose writes can fail, or wait for a gate."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, lambda: NOW_S)
+        self.fails = False
+        self.gate = threading.Event()
+        self.gate.set()
+        self.attempted = threading.Event()
+        self.batches: list[int] = []
+
+    def remember_slates(self, slates: Sequence[ShownSlate]) -> None:
+        self.batches.append(len(slates))
+        self.attempted.set()
+        assert self.gate.wait(WAIT_S)
+        if self.fails:
+            raise StorageError("the disk is full")
+        super().remember_slates(slates)
+
+
+class Clock:
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[ControlledMemory]:
+    memory = ControlledMemory(tmp_path / "memory.db")
+    yield memory
+    memory.close()
+
+
+@pytest.fixture
+def registry() -> CollectorRegistry:
+    return CollectorRegistry()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def shown(store: ControlledMemory, registry: CollectorRegistry, clock: Clock) -> Iterator[ShownMemory]:
+    memory = ShownMemory(store, ShownMemoryMetrics(registry), max_slates=50, clock=clock)
+    yield memory
+    store.fails = False
+    store.gate.set()
+    memory.close(WAIT_S)
+    assert not memory._writer.is_alive()
+
+
+def ids(state: ViewerMemoryState) -> list[int]:
+    return state.shown_ids.tolist()
+
+
+def counted(registry: CollectorRegistry, name: str, **labels: str) -> float:
+    return registry.get_sample_value(name, labels) or 0.0
+
+
+def test_slate_is_known_before_it_is_written(shown: ShownMemory, store: ControlledMemory) -> None:
+    store.gate.clear()
+    shown.remember(1, [10, 11], NOW_S)
+    assert ids(shown.with_recent(1, NO_MEMORY)) == [10, 11]
+    assert ids(shown.with_recent(2, NO_MEMORY)) == []
+    assert ids(store.read(1)) == []
+    store.gate.set()
+    assert shown.flush(WAIT_S)
+    assert ids(store.read(1)) == [10, 11]
+
+
+def test_recent_slates_follow_those_of_the_store_in_time(shown: ShownMemory) -> None:
+    stored = ViewerMemoryState(np.array([1, 2]), np.array([NOW_S, NOW_S + 20]))
+    shown.remember(1, [7], NOW_S + 10)
+    state = shown.with_recent(1, stored)
+    assert ids(state) == [1, 7, 2]
+    assert state.shown_at_s.tolist() == [NOW_S, NOW_S + 10, NOW_S + 20]
+
+
+def test_waiting_slates_are_written_together(shown: ShownMemory, store: ControlledMemory) -> None:
+    store.gate.clear()
+    shown.remember(1, [0], NOW_S)
+    assert store.attempted.wait(WAIT_S)
+    for video in range(1, 40):
+        shown.remember(1, [video], NOW_S)
+    store.gate.set()
+    assert shown.flush(WAIT_S)
+    assert store.batches == [1, 39]
+    assert ids(store.read(1)) == list(range(40))
+
+
+def test_failed_write_is_counted_and_repeated(
+    shown: ShownMemory, store: ControlledMemory, registry: CollectorRegistry
+) -> None:
+    store.fails = True
+    shown.remember(1, [10], NOW_S)
+    assert store.attempted.wait(WAIT_S)
+    shown.remember(1, [11], NOW_S)
+    assert not shown.flush(0.05)
+    store.fails = False
+    assert shown.flush(WAIT_S)
+    assert ids(store.read(1)) == [10, 11]
+    assert counted(registry, "reelway_ingress_memory_faults_total", kind="write") >= 1
+    assert counted(registry, "reelway_ingress_memory_lost_total") == 0
+
+
+def test_broken_store_bounds_the_waiting_slates(
+    shown: ShownMemory, store: ControlledMemory, registry: CollectorRegistry
+) -> None:
+    store.fails = True
+    shown.remember(1, [0], NOW_S)
+    assert store.attempted.wait(WAIT_S)
+    for video in range(1, 200):
+        shown.remember(1, [video], NOW_S)
+    store.fails = False
+    assert shown.flush(WAIT_S)
+    lost = counted(registry, "reelway_ingress_memory_lost_total")
+    assert lost in (149, 150)  # the first slate may be written before the others arrive
+    assert ids(store.read(1))[-50:] == list(range(150, 200))
+
+
+def test_router_forgets_its_own_slates_after_a_while(shown: ShownMemory, clock: Clock) -> None:
+    shown.remember(1, [1], NOW_S)
+    clock.now_s = RECENT_S - 1
+    shown.remember(2, [2], NOW_S)
+    assert ids(shown.with_recent(1, NO_MEMORY)) == [1]
+    clock.now_s = RECENT_S + 1
+    shown.remember(3, [3], NOW_S)
+    assert ids(shown.with_recent(1, NO_MEMORY)) == []
+    assert ids(shown.with_recent(2, NO_MEMORY)) == [2]
+    for video in range(60):
+        shown.remember(4, [video], NOW_S)
+    assert ids(shown.with_recent(4, NO_MEMORY)) == list(range(10, 60))
+    assert list(shown._of_viewer) == [4]
+
+
+def test_empty_slate_is_not_remembered(shown: ShownMemory, store: ControlledMemory) -> None:
+    shown.remember(1, [], NOW_S)
+    assert shown.flush(WAIT_S)
+    assert store.batches == []
