@@ -10,13 +10,14 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import numpy as np
 import pytest
 from confluent_kafka import Consumer, Producer
 from confluent_kafka.admin import NewTopic
@@ -156,7 +157,7 @@ def append_impression(logs: dict[Topic, Any], impression: int, rng: random.Rando
     """Appends an exposure and some outcomes, in any order."""
     viewer, video, now_us = rng.randint(500, 520), 1000 + rng.randint(0, 59), time.time_ns() // 1000
     kinds = rng.sample([None, OutcomeType.WATCH, OutcomeType.LIKE, OutcomeType.FOLLOW], rng.randint(1, 3))
-    partition = int(viewer_partitions(np_ids(viewer), PARTITIONS)[0])
+    partition = int(viewer_partitions(np.array([viewer]), PARTITIONS)[0])
     for place, kind in enumerate(kinds):
         event = LoggedEvent(impression, viewer, video, kind, 9_000.0, now_us - 1_000_000, now_us)
         record = record_of([event], 4 * impression + place, stamped=False)
@@ -164,14 +165,10 @@ def append_impression(logs: dict[Topic, Any], impression: int, rng: random.Rando
         logs[topic].append([record._replace(partition=partition)])
 
 
-def np_ids(viewer: int) -> Any:
-    import numpy as np
-
-    return np.array([viewer])
-
-
-def read_rows(broker: Broker, prefix: str, until_us: int, describe: Any) -> Counter[RowKey]:
-    """Reads the rows in both topics until all partitions have passed a time. Returns how often each row is there."""
+def read_rows(
+    broker: Broker, prefix: str, until_us: int, describe: Callable[[], str]
+) -> tuple[Counter[RowKey], dict[RowKey, Any]]:
+    """Reads the rows in both topics until all partitions have passed a time. Returns their numbers and fields."""
     rows: Counter[RowKey] = Counter()
     values: dict[RowKey, Any] = {}
     progress: dict[tuple[str, int], int] = {}
@@ -195,8 +192,7 @@ def read_rows(broker: Broker, prefix: str, until_us: int, describe: Any) -> Coun
                 rows[found.view, found.entity, found.at_us] += 1
                 values[found.view, found.entity, found.at_us] = found.fields
     consumer.close()
-    read_rows.values = values  # type: ignore[attr-defined]
-    return rows
+    return rows, values
 
 
 def expected_rows(run: RunDirectory, events: str, folder: Path, until_us: int) -> dict[RowKey, Any]:
@@ -236,8 +232,7 @@ def test_rows_of_killed_members_equal_those_of_one_process(
             begin_us, behind_us = stream_clock(run, logs)
         until_us = time.time_ns() // 1000 - behind_us + 2_000_000
         prefix = events.rsplit("/", 1)[1]
-        rows = read_rows(broker, prefix, until_us, members.output)
-        values = read_rows.values  # type: ignore[attr-defined]
+        rows, values = read_rows(broker, prefix, until_us, members.output)
         expected = expected_rows(run, events, tmp_path, until_us)
         after = {key: count for key, count in rows.items() if begin_us < key[2] <= until_us}
         wanted = {key for key in expected if begin_us < key[2] <= until_us}

@@ -161,7 +161,7 @@ def topic_of(change: VideoUpsert | Takedown | Restore) -> Topic:
 def as_record(change: VideoUpsert | Takedown | Restore, partitions: int) -> LogRecord:
     """Returns the record of a change. All changes of a key share a partition."""
     partition = zlib.crc32(change.key.encode()) % partitions
-    return LogRecord(uuid4().hex, partition, _now_us(), change.payload(), change.key)
+    return LogRecord(uuid4().hex, partition, change.payload(), change.key)
 
 
 def decode_upserts(records: Sequence[StoredRecord]) -> tuple[list[VideoUpsert | None], int]:
