@@ -261,3 +261,16 @@ def test_notes_state_what_is_lost(component: str, words: list[str], tmp_path: An
     notes = done.stdout.partition("\nNOTES:")[2]
     assert [word for word in words if word not in notes] == []
     assert ("No event log is named" in notes) is (component == "not-live")
+
+
+@pytest.mark.parametrize("component", ["live", "live-elsewhere", "live-in-part", "not-live", "jobs"])
+@pytest.mark.parametrize("environment", ENVIRONMENT_FILES)
+def test_every_argument_has_a_value(environment: str, component: str) -> None:
+    """A template that names a value by an old path renders an empty argument."""
+    for value in walk(list(rendered(environment, component))):
+        if isinstance(value, dict) and "containers" in value:
+            for container in value["containers"]:
+                for word in (*container.get("command", ()), *container.get("args", ())):
+                    assert word, container["name"]
+                    assert "<nil>" not in word, word
+                    assert not (word.startswith("--") and word.endswith("=")), word
