@@ -61,7 +61,7 @@ def viewer(table: VideoTable, liked: list[int], followed: list[int], now_s: floa
 def test_followed_creators_are_proposed_in_turn_latest_follow_first(table: VideoTable, creators: CreatorVideos) -> None:
     followed = [2, 5, 99_999]
     rows = FollowedCreatorsSource(creators).propose(SourceQuery(viewer(table, [], followed), EMBEDDING, 100)).rows
-    newest = {c: max(np.flatnonzero(table.creator_id == c), key=lambda r: table.uploaded_at_s[r]) for c in (2, 5)}
+    newest = {c: max(np.flatnonzero(table.creator_id.base == c), key=lambda r: table.uploaded_at_s[r]) for c in (2, 5)}
     first, second = sorted((2, 5), key=lambda c: -table.uploaded_at_s[newest[c]])
     assert table.creator_id[rows[:4]].tolist() == [first, second, first, second]
     assert rows[:2].tolist() == [newest[first], newest[second]]
@@ -79,7 +79,7 @@ def test_future_uploads_are_not_proposed(table: VideoTable, creators: CreatorVid
 
 
 def test_similar_creators_leave_out_liked_and_followed_creators(table: VideoTable, creators: CreatorVideos) -> None:
-    liked = [int(np.flatnonzero(table.creator_id == creator)[0]) for creator in (3, 7)]
+    liked = [int(np.flatnonzero(table.creator_id.base == creator)[0]) for creator in (3, 7)]
     query = SourceQuery(viewer(table, liked, [8]), EMBEDDING, 1000)
     rows = SimilarCreatorsSource(creators).propose(query).rows
     proposed = table.creator_id[rows]

@@ -109,9 +109,9 @@ def test_candidates_follow_the_memory(
     )
     rows = candidates.rows.tolist()
     blocked = np.isin(table.creator_id, creators) | np.isin(table.topic, topics)
-    unseen = set(np.flatnonzero(~blocked & (table.uploaded_at_s <= NOW_S)).tolist()) - set(shown) - set(watched)
+    unseen = set(np.flatnonzero(~blocked & (table.uploaded_at_s.base <= NOW_S)).tolist()) - set(shown) - set(watched)
     if watched:  # a Bloom filter may report a few more
-        unseen -= set(np.flatnonzero(is_watched(filter_of(table.video_id[watched]), table.video_id)).tolist())
+        unseen -= set(np.flatnonzero(is_watched(filter_of(table.video_id[watched]), table.video_id.base)).tolist())
     assert len(set(rows)) == len(rows)
     assert not blocked[rows].any()
     if len(unseen) >= COUNT:
@@ -119,7 +119,7 @@ def test_candidates_follow_the_memory(
         assert len(rows) >= COUNT
     else:
         assert set(rows) >= unseen  # never shown first
-        assert len(rows) >= min(COUNT, int((~blocked & (table.uploaded_at_s <= NOW_S)).sum()))
+        assert len(rows) >= min(COUNT, int((~blocked & (table.uploaded_at_s.base <= NOW_S)).sum()))
 
 
 def test_slate_is_completed_in_the_written_order(table: VideoTable) -> None:
@@ -207,7 +207,7 @@ def test_bitmap_leaves_out_shown_and_blocked_rows(table: VideoTable) -> None:
     bits = searchable.bits(exclusions_of(state, POLICY, NOW_S, table))
     assert bits is not None
     is_set = np.unpackbits(bits, bitorder="little")[:VIDEOS].astype(bool)
-    expected = (table.creator_id != creator) & (table.topic != topic)
+    expected = (table.creator_id.base != creator) & (table.topic.base != topic)
     expected[[0, 8, 199]] = False
     assert is_set.tolist() == expected.tolist()
     assert searchable.bits(exclusions_of(ViewerMemoryState(), POLICY, NOW_S, table)) is None

@@ -281,7 +281,7 @@ def test_request_path_falls_back_while_its_ranker_is_down(release_fixture: Relea
         await under_test.stop()
         without = await answer()
         assert without.response.degraded == ["no_ranker"]
-        assert len(without.video_ids) == 10
+        assert len(without.response.videos) == 10
         labels = {"release": loader.release_id()[:SHORT_RELEASE], "arm": "stable", "rung": "no_ranker"}
         assert registry.get_sample_value("reelway_ingress_degraded_total", labels) == 1
         await under_test.restart()

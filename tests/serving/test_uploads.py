@@ -159,7 +159,7 @@ def test_update_replaces_the_former_row(
     run: RunDirectory, writer: OverlayWriter, replica: Replica, known: bool
 ) -> None:
     """Also of a video that the release itself has, and in its popular list."""
-    video = int(replica.table.video_id.base[replica.loader.router_release().lists.popular[0]]) if known else 7
+    video = int(replica.table.video_id.base[replica.loader.router_release().lists.current().popular[0]]) if known else 7
     if not known:
         publish(events(run), upload(video, title="old"))
         writer.step()
@@ -210,7 +210,7 @@ def test_stages_that_are_behind_drop_rows_instead_of_failing(
         stages = LocalStages(*(
             getattr(processes[name].loader, name)() for name in names[1:]
         ))  # fmt: skip
-        watched = {"history_videos": [1], "history_weights": [1.0]} if ahead[0] else {}
+        watched = {"history_videos": [1], "history_weights": [-1.0]} if ahead[0] else {}
         slate = processes["router"].slate(stages, **watched)
         assert ({1, 2} & set(slate) == ({2} if ahead[0] else {1, 2})) == all(ahead)
         assert len(set(slate) - {1, 2}) > 20

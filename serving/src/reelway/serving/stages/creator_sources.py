@@ -153,10 +153,10 @@ def _distinct(positions: Rows) -> Rows:
 
 
 def _newest_videos(table: VideoTable, creator_id: I64) -> Rows:
-    """Returns the rows of each creator's newest videos, newest first, ``[C, V]``, padded with ``ABSENT``."""
-    order = np.lexsort((-np.nan_to_num(table.uploaded_at_s, nan=-np.inf), table.creator_id))
-    order = order[table.creator_id[order] >= 0]
-    code = np.searchsorted(creator_id, table.creator_id[order])
+    """Returns the rows of each creator's newest videos in the release, ``[C, V]``, padded with ``ABSENT``."""
+    order = np.lexsort((-np.nan_to_num(table.uploaded_at_s.base, nan=-np.inf), table.creator_id.base))
+    order = order[table.creator_id.base[order] >= 0]
+    code = np.searchsorted(creator_id, table.creator_id.base[order])
     rank = np.arange(len(code)) - np.searchsorted(code, code, side="left")
     selected = rank < VIDEOS_PER_CREATOR
     rows = np.full((len(creator_id), VIDEOS_PER_CREATOR), ABSENT, dtype=np.int32)
