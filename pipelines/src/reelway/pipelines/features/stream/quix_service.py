@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 
 from reelway.pipelines.features.stream.bootstrap import initial_watermark_us
 from reelway.pipelines.features.stream.local_stream import offset_to_dataset_us
+from reelway.pipelines.features.stream.memory_keeper import viewer_memory_kept_complete
 from reelway.pipelines.features.stream.metrics import StreamMetrics, metrics_server
 from reelway.pipelines.features.stream.quix_stream import VIDEO_ROWS, VIEWER_ROWS, QuixSettings, QuixStream
 from reelway.pipelines.features.stream.row_delivery import (
@@ -67,7 +68,9 @@ def run_member(run: RunDirectory, options: StreamOptions, stop: threading.Event)
         begin_us, behind_us = stream_clock(run, logs)
         rules = StreamRules(views, view_ttl_us(run), behind_us)
         stream = QuixStream(settings, rules, begin_us, lambda: load_dataset(run), video_facts(run), metrics, parked)
-        sinks = FeatureSinks(open_feature_store(run.features), FeatureChangelog(options.overlay or run.overlay))
+        features = open_feature_store(run.features)
+        sinks = FeatureSinks(features, FeatureChangelog(options.overlay or run.overlay))
+        stack.enter_context(viewer_memory_kept_complete(features, options.events))
         schemas, sources = row_schemas(views), settings.partitions * len(VIDEO_VIEWS)
         client = {"bootstrap.servers": settings.servers, **settings.client}
         threads = [
