@@ -106,6 +106,10 @@ class Members:
             )  # fmt: skip
 
     def kill(self, name: str, *, lose_state: bool = False) -> None:
+        deadline = time.monotonic() + 60
+        while lose_state and not (self._folder / name).exists():  # a member that has just started has no state to lose
+            assert time.monotonic() < deadline, self.output()
+            time.sleep(0.1)
         self._processes[name].kill()
         self._processes[name].wait()
         if lose_state:
