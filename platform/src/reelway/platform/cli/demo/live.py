@@ -85,7 +85,7 @@ class LiveScenes:
         return results
 
     def _wait_for_stream(self) -> None:
-        """Waits until the stream, which starts with the service, has caught up: an outcome reaches a new viewer's slate.
+        """Waits until the stream has caught up after its start: an outcome reaches a new viewer's slate.
 
         Raises:
             ServingError: if it does not within ``START_DEADLINE_S``.
