@@ -1,4 +1,4 @@
-"""What is shown, done, uploaded and taken down counts within seconds, with Kafka, feature stream, overlay and catalogue.
+"""What is shown, done, uploaded and taken down counts within seconds, with an event log on Kafka and the live parts.
 
 This module has its own installation, because the live parts need a run that a release was trained from. Its limits are
 for two cores that also run the node; `make bench-live` measures the times without one.
@@ -24,7 +24,7 @@ from tests.support.e2e.live_installation import (
     live_installation,
 )
 from tests.support.e2e.pods import check_images
-from tests.support.e2e.rollouts import HELD, begin, phase
+from tests.support.e2e.rollouts import HELD, begin, wait_until_phase
 from tests.support.e2e.wait_until import until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -96,7 +96,7 @@ def test_next_slate_has_no_video_of_a_blocked_creator(live: LiveInstallation) ->
 
 def test_slate_follows_what_a_viewer_watched(live: LiveInstallation) -> None:
     durations_ms = {str(video): length_ms for video, length_ms in live.live_run.durations_ms().items()}
-    found = live.ask("follow", viewer=live.new_viewers(1), durations_ms=durations_ms, within_s=60)
+    found = live.ask("follow", viewer=live.new_viewers(1), durations_ms=durations_ms, within_s=20)
     print(f"stages without an answer before and after: {found['degraded']}")
     assert found["after_s"] is not None, _last_log(live.kubectl)
     taken_s = found["after_s"]
@@ -132,7 +132,7 @@ def test_uploaded_video_is_shown_and_disappears_when_taken_down(live: LiveInstal
 def test_collector_counts_every_exposure_and_outcome(live: LiveInstallation) -> None:
     second = live.live_run.releases.ids[1]
     begin(live.kubectl, ROLLOUT, second, HELD)
-    until("half of the viewers get the canary", lambda: phase(live.kubectl, ROLLOUT) in ("Stepping", "Holding"), 150)
+    wait_until_phase(live.kubectl, ROLLOUT, "Stepping", "Holding", within_s=240)
     slates = live.slates(_viewers(live, 40), 10)
     assert {slate["arm"] for slate in slates} >= {"canary"}, "no viewer got the canary"
     tokens = [video["token"] for slate in slates for video in slate["videos"]]

@@ -17,6 +17,10 @@ import httpx
 TIMEOUT_S = 10.0
 UPLOAD_COUNT = 50
 """Videos of each slate in which an uploaded video is looked for."""
+FOLLOW_COUNT, FOLLOW_INTERVAL_S = 5, 0.25
+"""Size and interval of the slates of a viewer who waits. Each removes its videos from the viewer's later slates, so that
+larger or more frequent ones would use up a small catalogue.
+"""
 Slate = dict[str, Any]
 
 
@@ -52,12 +56,12 @@ def follow(url: str, viewer: int, durations_ms: Mapping[str, int], within_s: flo
         began = time.monotonic()
         _report(client, outcomes)
         while True:
-            page = _slate(client, viewer, 10)
+            page = _slate(client, viewer, FOLLOW_COUNT)
             after_s = time.monotonic() - began
             follows = any(video["reason"].startswith("because") for video in page["videos"])
             if follows or after_s > within_s:
                 return {"after_s": after_s if follows else None, "degraded": [first["degraded"], page["degraded"]]}
-            time.sleep(0.1)
+            time.sleep(FOLLOW_INTERVAL_S)
 
 
 def upload(
