@@ -1,4 +1,4 @@
-# The rollout operator and the command line for clusters. It contains neither torch nor Ray.
+# The rollout operator, the catalogue API and the command line for clusters. It contains neither torch nor Ray.
 # The default base is an official image; `python infra/images base` builds one for machines without a registry.
 ARG BASE=docker.io/library/python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b
 
@@ -14,7 +14,7 @@ RUN --mount=type=cache,id=reelway-pip,target=/var/cache/pip \
     --mount=type=secret,id=pip,required=false \
     sh install_dependencies.sh tools
 COPY platform/pyproject.toml platform/
-ARG MEMBERS="platform[cluster,s3]"
+ARG MEMBERS="platform[cluster,kafka,s3]"
 RUN python3 dependencies.py ${MEMBERS} > requirements.txt && cp requirements.txt constraints.txt /opt/reelway/
 
 FROM installer AS members

@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 import pytest
@@ -62,17 +62,24 @@ def ray_environment(environment: str = "dev") -> dict[str, str | None]:
     return {one["name"]: one.get("value") for one in head_of(environment, "as-is")["containers"][0]["env"]}
 
 
-@pytest.mark.parametrize("component", ["as-is", "stream", "kserve", "redis-external"])
+LIVE_BY_ENVIRONMENT: Final = {("production-cpu", "kserve"), ("production-cpu", "redis-external")}
+"""This environment names an event log itself."""
+
+
+@pytest.mark.parametrize("component", ["not-live", "live", "kserve", "redis-external"])
 @pytest.mark.parametrize("environment", ["dev", "production-cpu", "air-gapped"])
 def test_operator_composes_a_serve_config_from_the_options(environment: str, component: str) -> None:
     applications = {one["name"]: one for one in serve_config(environment, component)["applications"]}
     assert set(applications) == {RELEASE, "outcomes", "router"}
     assert ReleaseArgs(**applications[RELEASE]["args"]).release == RELEASE
-    events = "kafka://kafka.test:9092/reelway." if component == "stream" else None
+    events = serving_options(environment, component).events
+    assert (events is not None) is (component == "live" or (environment, component) in LIVE_BY_ENVIRONMENT)
     routed = RouterArgs(**applications["router"]["args"])
     assert (routed.events, routed.log_keeper) == (events, None if events else "outcomes")
     summed = OutcomesArgs(**applications["outcomes"]["args"])
     assert summed.events == (events or "/var/lib/reelway/state/events")
+    assert applications[RELEASE]["args"]["events"] == events
+    assert (applications[RELEASE]["args"]["overlay"] is None) is (events is None)
     (router,) = applications["router"]["deployments"]
     assert Routing.model_validate(router["user_config"]) == Routing.single_release(RELEASE)
 
@@ -232,9 +239,7 @@ def test_readme_is_generated_from_the_values(tmp_path: Path) -> None:
 
 
 def test_every_panel_shows_a_metric_of_the_code() -> None:
-    code = "\n".join(
-        path.read_text() for part in ("platform", "serving") for path in (CHART.parents[1] / part).rglob("*.py")
-    )
+    code = code_of_members()
     boards = sorted((CHART / "files" / "dashboards").glob("*.json"))
     assert len(boards) >= 2
     for path in boards:
@@ -258,6 +263,19 @@ def test_every_panel_filters_by_namespace() -> None:
                 selectors = re.findall(r"\breelway[_:][a-z_:]+(\{[^}]*\})?", target["expr"])
                 assert selectors
                 assert all('namespace=~"$namespace"' in one for one in selectors), target["expr"]
+
+
+def test_every_live_alert_uses_a_metric_of_the_code() -> None:
+    code = code_of_members()
+    groups = yaml.safe_load((CHART / "files" / "rules" / "live.rules.yaml").read_text())["groups"]
+    for rule in (rule for group in groups for rule in group["rules"]):
+        for metric in metrics(rule["expr"]):
+            assert f'"{metric}"' in code, (rule["alert"], metric)
+
+
+def code_of_members() -> str:
+    parts = ("platform", "serving", "pipelines")
+    return "\n".join(path.read_text() for part in parts for path in (CHART.parents[1] / part / "src").rglob("*.py"))
 
 
 def metrics(expression: str) -> set[str]:

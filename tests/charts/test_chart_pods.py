@@ -56,8 +56,10 @@ def test_every_pod_meets_the_restricted_level(environment: str, component: str) 
 
 @pytest.mark.parametrize(("environment", "component"), COMBINATIONS)
 def test_every_container_has_resources_with_a_pinned_image(environment: str, component: str) -> None:
-    for where, pod in all_pods(environment, component):
-        mounts = {volume["name"] for volume in pod.get("volumes", ())}
+    found = [(document, *pod) for document in rendered(environment, component) for pod in pods(document)]
+    for document, where, pod in found:
+        claims = document.get("spec", {}).get("volumeClaimTemplates", ())
+        mounts = {volume["name"] for volume in pod.get("volumes", ())} | {one["metadata"]["name"] for one in claims}
         for container in pod["containers"]:
             resources = container["resources"]
             for kind in ("requests", "limits"):

@@ -10,6 +10,7 @@ from tests.support.charts.chart_tool import ENVIRONMENTS, NEEDED, Document, helm
 BIG: Final = {"requests": {"cpu": "4", "memory": "1Gi"}, "limits": {"cpu": "2", "memory": "1Gi"}}
 HUNGRY: Final = {"requests": {"cpu": "1", "memory": "2Gi"}, "limits": {"cpu": "1", "memory": "1500Mi"}}
 MONITORS: Final = {"monitoring.monitors.enabled": True}
+LIVE: Final = {"eventLog.address": "kafka://k:9092"}
 
 # Path, value, part of the message, and other values that are needed for the error.
 WRONG: Final[list[tuple[str, Any, str, dict[str, Any]]]] = [
@@ -59,6 +60,15 @@ WRONG: Final[list[tuple[str, Any, str, dict[str, Any]]]] = [
     ("jobs.startTimeoutSeconds", 5, "minimum", {}),
     ("jobs.submitters", [{"kind": "Team", "name": "ml"}], "must be one of", {}),
     ("eventLog.address", "kafka:9092", "kafka://", {}),
+    ("eventLog.partitions.viewers", 0, "minimum", {}),
+    ("eventLog.retentionHours", 1, "minimum", {}),
+    ("stream.eventLog", "kafka://k:9092", "additional properties", {}),
+    ("stream.replicas", 0, "minimum", {}),
+    ("stream.state.size", "10", "[MGT]", {}),
+    ("overlay.replicas", 2, "additional properties", {}),
+    ("overlay.url", "features", "://", {}),
+    ("catalogue.port", 0, "minimum", {}),
+    ("networkPolicies.kafka", [{"ipBlock": {"cidr": "10.0.0.0"}}], "/[0-9]{1,3}", {}),
     ("monitoring.monitors.interval", "5", "(ms|s|m|h)", {}),
     ("monitoring.rules.latencyThresholdMs", 300, "250", {}),
     ("monitoring.rules.availabilityObjectivePercent", 100, "maximum", {}),
@@ -102,10 +112,14 @@ WRONG: Final[list[tuple[str, Any, str, dict[str, Any]]]] = [
      {"releases.store.type": "gs", "releases.store.gs.bucket": "releases"}),
     ("jobs.parity.run", "runs/production", "pattern", {}),
     ("jobs.parity.command", ["sh"], "additional properties", {}),
-    ("eventLog.address", "", "kafka://host:port[/prefix]", {"stream.enabled": True}),
-    ("stream.changelog", "", "a URL that serving pods reach",
-     {"stream.enabled": True, "eventLog.address": "kafka://k:9092", "jobs.runsClaim": "runs",
-      "releases.store.type": "gs", "releases.store.gs.bucket": "releases"}),
+    ("eventLog.replication.minInSync", 2, "at most eventLog.replication.factor, which is 1", LIVE),
+    ("stream.replicas", 3, "at most eventLog.partitions.viewers, which is 2", LIVE),
+    ("jobs.runsClaim", "", "stream.enabled is true",
+     {**LIVE, "releases.store.type": "gs", "releases.store.gs.bucket": "releases"}),
+    ("overlay.url", "/var/lib/reelway/volume/overlay", "a URL that serving pods reach",
+     {**LIVE, "jobs.runsClaim": "runs", "releases.store.type": "gs", "releases.store.gs.bucket": "releases"}),
+    ("overlay.url", "/srv/overlay", "a folder below /var/lib/reelway/volume", LIVE),
+    ("catalogue.resources.limits.cpu", "2", "at least the request", {**LIVE, "catalogue.resources": BIG}),
     ("operator.prometheusAccess.token", "x", "additional properties", {}),
     ("operator.prometheusAccess.labels", {"a-b": "x"}, "additional properties", {}),
     ("monitoring.rules.interval", "often", "(ms|s|m|h)$", {}),

@@ -87,10 +87,8 @@ def healthy() -> Series:
         series[f'reelway_shadow_score_drift_ratio_bucket{{release="bbbb", le="{le}"}}'] = grows(60)
     return series | {
         'reelway_shadow_score_drift_ratio_count{release="bbbb"}': grows(60),
-        "reelway_ingress_exposures_lost_total": grows(0),
         'reelway_ingress_faults_total{release="aaaa", stage="viewer_row", kind="error"}': grows(1),
         'reelway_ingress_faults_total{release="aaaa", stage="viewer_row", kind="unexpected"}': grows(0),
-        'reelway_stream_parked_records_total{kind="unreadable"}': grows(0),
         "reelway_rollout_last_tick_timestamp_seconds": grows(60),
         'reelway_rollout_failures_total{kind="evidence"}': grows(0),
         'reelway_rollout_webhooks_total{outcome="stored"}': grows(1),
@@ -98,6 +96,32 @@ def healthy() -> Series:
         'up{job="reelway-operator"}': level(1),
         'up{job="reelway-router", instance="a"}': level(1),
         'up{job="reelway-outcomes", instance="a"}': level(1),
+        **healthy_live_parts(),
+    }
+
+
+def healthy_live_parts() -> Series:
+    """Series of the event log's readers, the stream, the overlay, the catalogue API and the viewers' memory."""
+    ages = (
+        'reelway_outcomes_log_age_seconds{source="exposures"}', 'reelway_takedowns_age_seconds{pod="head"}',
+        'reelway_takedowns_age_seconds{pod="worker"}', "reelway_uploads_age_seconds",
+        'reelway_overlay_age_seconds{pod="worker", release="aaaa"}', "reelway_lists_age_seconds",
+        'reelway_retrieval_lists_age_seconds{pod="worker", release="aaaa"}', "reelway_stream_lag_seconds",
+    )  # fmt: skip
+    counters = (
+        'reelway_ingress_exposures_lost_total{arm="stable", release="aaaa"}',
+        'reelway_outcomes_unreadable_records_total{source="exposures"}', "reelway_takedowns_unreadable_total",
+        'reelway_uploads_refused_total{release="aaaa", kind="unreadable"}', "reelway_stream_faults_total",
+        'reelway_stream_parked_records_total{kind="unreadable"}', 'reelway_ingress_memory_faults_total{kind="read"}',
+        "reelway_ingress_memory_lost_total", "reelway_outcomes_memory_failures_total",
+        "reelway_catalogue_faults_total",
+    )  # fmt: skip
+    return {
+        **{name: level(2) for name in ages},
+        **{name: grows(0) for name in counters},
+        'reelway_stream_lag_records{topic="outcomes", partition="0"}': level(400),
+        'reelway_stream_lag_records{topic="outcomes", partition="1"}': level(900),
+        **{f'up{{job="reelway-{part}", instance="a"}}': level(1) for part in ("stream", "overlay", "catalogue")},
     }
 
 
@@ -111,11 +135,31 @@ FAULTS: Final[list[tuple[str, Mapping[str, list[float]], int]]] = [
     ("ReelwayScoresDrift", {
         f'reelway_shadow_score_drift_ratio_bucket{{release="bbbb", le="{le}"}}': grows(60, 5) for le in ("0.1", "0.5")
     }, 26),
-    ("ReelwayExposuresLost", {"reelway_ingress_exposures_lost_total": grows(0, 1)}, 6),
     ("ReelwayViewerRowBug", {
         'reelway_ingress_faults_total{release="aaaa", stage="viewer_row", kind="unexpected"}': grows(0, 1)
     }, 6),
+    ("ReelwayExposuresLost", {'reelway_ingress_exposures_lost_total{arm="stable", release="aaaa"}': grows(0, 1)}, 6),
+    ("ReelwayOutcomeSumsBehind", {'reelway_outcomes_log_age_seconds{source="exposures"}': level(2, 200)}, 6),
+    ("ReelwayEventLogUnreadable", {
+        'reelway_outcomes_unreadable_records_total{source="exposures"}': grows(0, 1)
+    }, 6),
+    ("ReelwayTakedownsNotEverywhere", {'reelway_takedowns_age_seconds{pod="worker"}': level(2, 30)}, 6),
+    ("ReelwayTakedownsUnreadable", {"reelway_takedowns_unreadable_total": grows(0, 1)}, 6),
+    ("ReelwayUploadsBehind", {"reelway_uploads_age_seconds": level(2, 90)}, 6),
+    ("ReelwayUploadsRefused", {'reelway_uploads_refused_total{release="aaaa", kind="unreadable"}': grows(0, 1)}, 6),
+    ("ReelwayOverlayStale", {'reelway_overlay_age_seconds{pod="worker", release="aaaa"}': level(2, 90)}, 6),
+    ("ReelwayListsStale", {'reelway_retrieval_lists_age_seconds{pod="worker", release="aaaa"}': level(2, 150)}, 6),
+    ("ReelwayStreamBehind", {"reelway_stream_lag_seconds": level(2, 90)}, 6),
+    ("ReelwayStreamPartitionLags", {
+        'reelway_stream_lag_records{topic="outcomes", partition="1"}': level(900, 9000)
+    }, 12),
+    ("ReelwayStreamFails", {"reelway_stream_faults_total": grows(0, 2)}, 12),
     ("ReelwayStreamRecordsParked", {'reelway_stream_parked_records_total{kind="unreadable"}': grows(0, 1)}, 6),
+    ("ReelwayViewerMemoryFails", {'reelway_ingress_memory_faults_total{kind="read"}': grows(0, 20)}, 8),
+    ("ReelwayViewerMemoryLost", {"reelway_ingress_memory_lost_total": grows(0, 1)}, 6),
+    ("ReelwayBlocksNotRemembered", {"reelway_outcomes_memory_failures_total": grows(0, 1)}, 6),
+    ("ReelwayCatalogueFails", {"reelway_catalogue_faults_total": grows(0, 5)}, 6),
+    ("ReelwayLivePartDown", {'up{job="reelway-overlay", instance="a"}': level(1, 0)}, 6),
     ("ReelwayOperatorSilent", {"reelway_rollout_last_tick_timestamp_seconds": grows(60, 0)}, 10),
     ("ReelwayOperatorSilent", {'up{job="reelway-operator"}': level(1, 0)}, 10),
     ("ReelwayOperatorFails", {'reelway_rollout_failures_total{kind="evidence"}': grows(0, 30)}, 16),
@@ -206,7 +250,7 @@ def test_fault_fires_its_alert_only(alert: str, fault: Mapping[str, list[float]]
 
 def test_only_canary_alerts_carry_the_release_label(tmp_path: Path) -> None:
     for alert, fault, minutes in FAULTS:
-        if alert in ("ReelwayCanaryErrors", "ReelwayScoresDrift", "ReelwayAvailabilityFastBurn"):
+        if alert in ("ReelwayCanaryErrors", "ReelwayScoresDrift", "ReelwayAvailabilityFastBurn", "ReelwayOverlayStale"):
             labels = firing(healthy() | dict(fault), FAULT_AT + minutes, tmp_path)[alert]
             assert labels.get("release") == ("bbbb" if alert == "ReelwayCanaryErrors" else None), labels
 
@@ -250,3 +294,16 @@ def test_latency_bound_is_a_bound_of_the_histogram() -> None:
     assert bounds
     whole = [rule["expr"] for group in rules("slow-bound")["groups"] for rule in group["rules"] if "record" in rule]
     assert any('le="1.0"' in text for text in whole), "exporters write whole seconds with a decimal point"
+
+
+def test_missing_pods_of_a_live_part_fire_an_alert(tmp_path: Path) -> None:
+    series = {name: values for name, values in healthy().items() if 'job="reelway-catalogue"' not in name}
+    fired = firing(series, MINUTES, tmp_path)
+    assert set(fired) == {"ReelwayLivePartDown"}
+    assert fired["ReelwayLivePartDown"]["job"] == "reelway-catalogue"
+
+
+@pytest.mark.parametrize(("component", "parts"), [("not-live", None), ("live-in-part", None), ("live", 3)])
+def test_live_parts_that_do_not_run_have_no_alert_for_their_pods(component: str, parts: int | None) -> None:
+    found = [one for group in rules(component)["groups"] for one in group["rules"] if "LivePartDown" in str(one)]
+    assert [one["expr"].count("absent(") for one in found] == ([] if parts is None else [parts])

@@ -9,14 +9,14 @@
 {{- include "reelway.fail" (dict "path" "releases.initial" "saw" "" "expected" "the whole id of a release in the store: 64 hexadecimal digits; or serving.enabled: false until `reelway submit release` has made one") }}
 {{- end }}
 {{- if and (not $v.secrets.generate) (not $v.secrets.name) }}
-{{- include "reelway.fail" (dict "path" "secrets.name" "saw" "" "expected" "the name of a Secret with the keys auth_token, impression-tokens and webhook-token, or secrets.generate: true for development") }}
+{{- include "reelway.fail" (dict "path" "secrets.name" "saw" "" "expected" "the name of a Secret with the keys auth_token, impression-tokens and webhook-token (with eventLog.address also catalogue-token), or secrets.generate: true for development") }}
 {{- end }}
 {{- include "reelway.checkStore" . }}
 {{- include "reelway.checkRay" . }}
 {{- include "reelway.checkServing" . }}
 {{- include "reelway.checkFeatures" . }}
 {{- include "reelway.checkJobs" . }}
-{{- include "reelway.checkStream" . }}
+{{- include "reelway.checkLive" . }}
 {{- include "reelway.checkMonitoring" . }}
 {{- include "reelway.checkRanker" . }}
 {{- end -}}
@@ -225,18 +225,29 @@
 {{- end }}
 {{- end -}}
 
-{{- define "reelway.checkStream" -}}
+{{- define "reelway.checkLive" -}}
 {{- $v := .Values -}}
+{{- if include "reelway.live" . }}
+{{- if gt (int $v.eventLog.replication.minInSync) (int $v.eventLog.replication.factor) }}
+{{- include "reelway.fail" (dict "path" "eventLog.replication.minInSync" "saw" $v.eventLog.replication.minInSync "expected" (printf "at most eventLog.replication.factor, which is %v" $v.eventLog.replication.factor)) }}
+{{- end }}
+{{- include "reelway.checkResources" (dict "of" $v.eventLog.creator.resources "path" "eventLog.creator.resources") }}
 {{- if $v.stream.enabled }}
-{{- if not $v.eventLog.address }}
-{{- include "reelway.fail" (dict "path" "eventLog.address" "saw" "" "expected" "an event log as kafka://host:port[/prefix], because stream.enabled is true") }}
-{{- end }}
 {{- if ne (include "reelway.jobsEnabled" .) "true" }}
-{{- include "reelway.fail" (dict "path" "jobs.runsClaim" "saw" "" "expected" "a claim for the files of a run, because stream.enabled is true and releases.store.type is no volume") }}
+{{- include "reelway.fail" (dict "path" "jobs.runsClaim" "saw" "" "expected" "a claim for the files of a run, because eventLog.address is set, stream.enabled is true and releases.store.type is no volume") }}
 {{- end }}
-{{- if and (not $v.stream.changelog) (ne (include "reelway.storeOnVolume" .) "true") }}
-{{- include "reelway.fail" (dict "path" "stream.changelog" "saw" "" "expected" "a URL that serving pods reach, because releases.store.type is no volume") }}
+{{- if gt (int $v.stream.replicas) (int $v.eventLog.partitions.viewers) }}
+{{- include "reelway.fail" (dict "path" "stream.replicas" "saw" $v.stream.replicas "expected" (printf "at most eventLog.partitions.viewers, which is %v: further pods would have no partition" $v.eventLog.partitions.viewers)) }}
 {{- end }}
-{{- include "reelway.checkResources" (dict "of" $v.stream.resources "path" "stream.resources") }}
+{{- end }}
+{{- if and (hasPrefix "/" $v.overlay.url) (ne (include "reelway.storeOnVolume" .) "true") }}
+{{- include "reelway.fail" (dict "path" "overlay.url" "saw" $v.overlay.url "expected" "a URL that serving pods reach, because releases.store.type is no volume") }}
+{{- end }}
+{{- if and (hasPrefix "/" $v.overlay.url) (not (hasPrefix "/var/lib/reelway/volume/" $v.overlay.url)) }}
+{{- include "reelway.fail" (dict "path" "overlay.url" "saw" $v.overlay.url "expected" "a URL, or a folder below /var/lib/reelway/volume, where the release store's volume is mounted") }}
+{{- end }}
+{{- range $name := list "stream" "overlay" "catalogue" }}
+{{- include "reelway.checkResources" (dict "of" (get $v $name).resources "path" (printf "%s.resources" $name)) }}
+{{- end }}
 {{- end }}
 {{- end -}}

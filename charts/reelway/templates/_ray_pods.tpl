@@ -90,10 +90,7 @@ RAY_worker_niceness: "0"
 - name: REDIS_PASSWORD
   valueFrom: {{- include "reelway.secretKey" (dict "context" . "key" "redis-password") | nindent 4 }}
 {{- end }}
-{{- with .Values.eventLog.kafkaSettingsSecret }}
-- name: REELWAY_KAFKA_SETTINGS
-  valueFrom: {secretKeyRef: {name: {{ . }}, key: settings}}
-{{- end }}
+{{- include "reelway.kafkaEnv" . }}
 {{- include "reelway.storeEnv" . }}
 {{- end -}}
 

@@ -121,7 +121,7 @@ def test_guard_appends_the_newest_version_after_an_older_one(tmp_path: Path) -> 
         guard = VersionGuard(takedowns, decode_status_changes)
         takedowns.append([as_record(new, 1)])
         assert guard.step() == (1, 0)
-        takedowns.append([as_record(old, 1), LogRecord("x", 0, 0, b"not json"), as_record(old, 1)])
+        takedowns.append([as_record(old, 1), LogRecord("x", 0, b"not json"), as_record(old, 1)])
         assert guard.step() == (3, 1)
         assert guard.step() == (1, 0)
         last = takedowns.read({0: 5}, limit=10).records

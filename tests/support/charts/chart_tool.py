@@ -30,6 +30,7 @@ NEEDED: Final = {"releases": {"initial": RELEASE, "store": {"hostPath": {"path":
 
 _MONITORS: Final = {"monitors": {"enabled": True}}
 _RULES: Final = {**_MONITORS, "rules": {"enabled": True}}
+_LIVE: Final = {"jobs": {"runsClaim": "runs"}}
 _REDIS: Final = {"type": "redis", "registry": "s3://features/registry.db"}
 _S3: Final = {"bucket": "releases", "endpoint": "https://s3.test", "credentialsSecret": "c"}
 _ROUTE: Final = {"enabled": True, "parentRefs": [{"name": "gateway"}], "hostnames": ["a.test"]}
@@ -62,13 +63,24 @@ COMPONENTS: Final[dict[str, Document]] = {
             "submitters": [{"kind": "Group", "name": "ml", "apiGroup": "rbac.authorization.k8s.io"}],
         }
     },
-    "stream": {
-        "jobs": {"runsClaim": "runs"}, "monitoring": _MONITORS,
-        "stream": {
-            "enabled": True, "changelog": "s3://features/overlay",
-        },
-        "eventLog": {"address": "kafka://kafka.test:9092/reelway.", "kafkaSettingsSecret": "kafka"},
+    "live": {
+        "jobs": {"runsClaim": "runs"}, "monitoring": _RULES,
+        "eventLog": {"address": "kafka://kafka-0.test:9092,kafka-1.test:9093/live-", "kafkaSettingsSecret": "kafka"},
     },
+    "live-elsewhere": {
+        **_LIVE, "overlay": {"url": "s3://features/overlay", "state": {"persistent": False}},
+        "eventLog": {"address": "kafka://kafka.test:9092", "createTopics": False},
+        "stream": {"state": {"persistent": False}, "podDisruptionBudget": {"enabled": False}},
+        "networkPolicies": {
+            "kafka": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kafka"}}}],
+            "catalogueClients": [{"podSelector": {"matchLabels": {"app": "uploads"}}}],
+        },
+    },
+    "live-in-part": {
+        "eventLog": {"address": "kafka://kafka.test:9092"}, "stream": {"enabled": False}, "overlay": {"enabled": False},
+        "catalogue": {"enabled": False}, "monitoring": _RULES,
+    },
+    "not-live": {"eventLog": {"address": ""}, "monitoring": _RULES},
     "slow-bound": {"monitoring": {**_MONITORS, "rules": {"enabled": True, "latencyThresholdMs": 1000}}},
     "monitoring": {"monitoring": {**_RULES, "alertmanagerConfig": {"enabled": True}, "dashboards": {"enabled": True}}},
     "ingress": {"serving": {"ingress": {"enabled": True, "host": "a.test", "tlsSecret": "tls", "className": "nginx"}}},

@@ -36,7 +36,7 @@ def exposure_rows(events: Sequence[ListEvent]) -> pa.Table:
         "viewer_id": [e.viewer for e in events], "video_id": [e.video for e in events], "position": [0] * n,
         "shown_at": [e.time_us for e in events], "request_time": [e.time_us for e in events], "release": ["r"] * n,
         "arm": ["stable"] * n, "rollout": [""] * n, "weight": [1.0] * n, "slices": [0] * n, "source": ["ann"] * n,
-        "score": [1.0] * n, "propensity": [1.0] * n, "creator_id": [1] * n, "topic": [1] * n,
+        "score": [1.0] * n, "propensity": [1.0] * n,  "creator_id": [1] * n, "topic": [1] * n,
         "duration_ms": [e.duration_ms for e in events], "device": ["phone"] * n,
         "region": [e.region for e in events], "language": [e.language for e in events],
     }  # fmt: skip
@@ -53,7 +53,8 @@ def outcome_rows(events: Sequence[ListEvent]) -> pa.Table:
         "viewer_id": [e.viewer for e in events], "video_id": [e.video for e in events], "position": [0] * n,
         "shown_at": [e.time_us for e in events], "release": ["r"] * n, "arm": ["stable"] * n, "source": ["ann"] * n,
         "propensity": [1.0] * n, "type": [e.kind for e in events], "value": [e.value for e in events],
-        "event_time": [e.time_us for e in events], "done_at": [None] * n, "creator_id": [1] * n, "topic": [1] * n,
+        "event_time": [e.time_us for e in events], "done_at": [None] * n,
+        "rollout": [None] * n, "weight": [None] * n, "slices": [None] * n, "creator_id": [1] * n, "topic": [1] * n,
         "duration_ms": [e.duration_ms for e in events],
     }  # fmt: skip
     return _table(columns, OUTCOME_EVENT_SCHEMA)

@@ -58,6 +58,7 @@ def writer_options(run: RunDirectory) -> OverlayOptions:
         release_store=str(run.release_store),
         release_cache=run.path / "serving" / "releases",
         public_keys=run.keys,
+        lists_state=run.path / "stream" / "lists.npz",
     )
 
 

@@ -60,16 +60,6 @@ groups:
         labels: {severity: ticket, mirrored: '{{ "{{ $labels.release }}" }}', release: ''}
         annotations:
           summary: 'half of the mirrored slates of release {{ "{{ $labels.release }}" }} score {{ "{{ $value | humanizePercentage }}" }} or more away from what was shown'
-      - alert: ReelwayExposuresLost
-        expr: sum(increase(reelway_ingress_exposures_lost_total[10m])) > 0
-        labels: {severity: page}
-        annotations:
-          summary: '{{ "{{ $value | humanize }}" }} slates of the last ten minutes are not in the event log: rollouts and features miss them'
-      - alert: ReelwayStreamRecordsParked
-        expr: sum by (kind) (increase(reelway_stream_parked_records_total[10m])) > 0
-        labels: {severity: ticket}
-        annotations:
-          summary: '{{ "{{ $value | humanize }}" }} records of the event log in ten minutes could not be read by the stream: {{ "{{ $labels.kind }}" }}'
   - name: reelway-operator
     rules:
       - alert: ReelwayOperatorSilent

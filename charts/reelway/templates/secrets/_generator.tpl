@@ -36,6 +36,7 @@ spec:
         - impression-tokens
         - webhook-token
         - redis-password
+        - catalogue-token
       securityContext: {{- include "reelway.containerSecurity" . | nindent 8 }}
       env:
         - name: POD_NAMESPACE

@@ -8,7 +8,7 @@ releases:
   release_store: {{ include "reelway.storeUrl" . | quote }}
   release_cache: /var/cache/reelway/releases
   public_keys: /etc/reelway/public-keys
-  overlay: {{ if .Values.stream.enabled }}{{ include "reelway.changelogUrl" . | quote }}{{ else }}null{{ end }}
+  overlay: {{ if include "reelway.live" . }}{{ include "reelway.overlayUrl" . | quote }}{{ else }}null{{ end }}
 initial:
   release: {{ .Values.releases.initial | quote }}
   salt: {{ $s.bucketSalt | quote }}

@@ -85,6 +85,11 @@ def serve(
     controller: bool = typer.Option(
         True, help="Also start the local rollout controller, which logs to rollout/controller.log."
     ),
+    live: bool = typer.Option(
+        True,
+        help="Also start the feature stream and the writer of uploads and lists, which log to stream/*.log. Without "
+        "them, features, lists and videos stay as in the release; shown videos and takedowns still count.",
+    ),
 ) -> None:
     """Serve a run's release over HTTP until Ctrl-C: retrieval, ranking and re-ranking behind a router, on Ray Serve.
 
@@ -149,7 +154,10 @@ def serve(
             record = {"url": service.url, "pid": os.getpid(), "release": release_id, "serve_api": service.serve_api}
             stack.enter_context(_record(directory, record))
             if controller:
-                stack.enter_context(_controller_process(directory))
+                stack.enter_context(_background_process(directory, "rollout", "controller"))
+            if live and options.features_dir:
+                stack.enter_context(_background_process(directory, "stream"))
+                stack.enter_context(_background_process(directory, "stream", "overlay"))
             stdout_console.print(f"serving release {short_id(release_id)} at {service.url}", highlight=False)
             print_status(f"Press Ctrl-C to stop. Try: reelway recommend --url {service.url} --viewer 1")
             _wait_for_interrupt()
@@ -255,11 +263,11 @@ def _token_secrets(run: RunDirectory) -> Path:
 
 
 @contextmanager
-def _controller_process(run: RunDirectory) -> Iterator[None]:
-    """Runs the local controller of this run while the block runs."""
-    log = run.path / "rollout" / "controller.log"
+def _background_process(run: RunDirectory, *command: str) -> Iterator[None]:
+    """Runs a `reelway` command of this run while the block runs, with a log of its own in the run directory."""
+    log = run.path / command[0] / f"{command[-1]}.log"
     log.parent.mkdir(exist_ok=True)
-    with child_process(reelway_command("rollout", "controller", "--run", str(run.path)), log=log):
+    with child_process(reelway_command(*command, "--run", str(run.path)), log=log):
         yield
 
 

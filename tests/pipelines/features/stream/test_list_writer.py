@@ -35,7 +35,7 @@ class Task:
 
     def append(self, topic: Topic, payload: bytes) -> None:
         events = open_topic(self.folder / "events", topic)
-        events.append([LogRecord(str(self.appended), 0, int(self.now_s * 1e6), payload)])
+        events.append([LogRecord(str(self.appended), 0, payload)])
         events.close()
         self.appended += 1
 

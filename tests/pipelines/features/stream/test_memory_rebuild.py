@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from tests.support.pipelines.stream_fixtures import SteppedClock, open_logs
 
 from reelway.pipelines.features.stream.memory_rebuild import RebuiltMemory, rebuild_viewer_memory
 from reelway.platform.contracts.blend import MAX_SHOWN_HOURS, MAX_SHOWN_VIDEOS
@@ -18,11 +19,13 @@ from reelway.platform.eventlog import EventLog
 from reelway.platform.eventlog.event_log import LogRecord
 from reelway.platform.eventlog.exposure_events import EXPOSURE_EVENT_SCHEMA, encode_exposures
 from reelway.platform.eventlog.outcome_events import OUTCOME_EVENT_SCHEMA, encode_outcomes
-from reelway.platform.eventlog.topics import Topic, open_topic
+from reelway.platform.eventlog.topics import Topic
 from reelway.platform.features.viewer_memory_sqlite import SqliteViewerMemory
 from reelway.platform.features.watched_filter import is_watched
 
 NOW_S = float(int(time.time()))
+CLOCK = SteppedClock(0)
+"""Time of the logs: that of the record that is appended."""
 HOUR_S = 3_600.0
 DAY_S = 24 * HOUR_S
 
@@ -46,7 +49,8 @@ def expose(log: EventLog, viewer: int, videos: list[int], at_s: float) -> None:
         EXPOSURE_EVENT_SCHEMA,
         {"viewer_id": [viewer] * len(videos), "video_id": videos, "shown_at": [at_s] * len(videos)},
     )
-    log.append(list(encode_exposures(batch, log.partitions, int(at_s * 1e6), log.max_record_bytes)))
+    CLOCK.now_us = int(at_s * 1e6)
+    log.append(list(encode_exposures(batch, log.partitions, log.max_record_bytes)))
 
 
 def report(log: EventLog, *outcomes: tuple[int, int, str, float], at_s: float = NOW_S) -> None:
@@ -58,15 +62,16 @@ def report(log: EventLog, *outcomes: tuple[int, int, str, float], at_s: float = 
         "event_time": [at_s] * count, "creator_id": [7] * count, "topic": [3] * count, "duration_ms": [20_000] * count,
     }  # fmt: skip
     batch = rows(OUTCOME_EVENT_SCHEMA, columns)
-    log.append(list(encode_outcomes(batch, log.partitions, int(at_s * 1e6), log.max_record_bytes)))
+    CLOCK.now_us = int(at_s * 1e6)
+    log.append(list(encode_outcomes(batch, log.partitions, log.max_record_bytes)))
 
 
 class Store:
     """A SQLite event log and a memory that can be lost."""
 
     def __init__(self, folder: Path) -> None:
-        self.exposures = open_topic(folder / "events", Topic.EXPOSURES)
-        self.outcomes = open_topic(folder / "events", Topic.OUTCOMES)
+        logs = open_logs(folder / "events", CLOCK)
+        self.exposures, self.outcomes = logs[Topic.EXPOSURES], logs[Topic.OUTCOMES]
         self._folder = folder
         self.memory = self._open()
 
@@ -158,7 +163,7 @@ def test_expired_events_are_left_out(store: Store) -> None:
 
 
 def test_unreadable_record_is_counted(store: Store) -> None:
-    store.exposures.append([LogRecord("bad", 0, int(NOW_S * 1e6), b"not a batch")])
+    store.exposures.append([LogRecord("bad", 0, b"not a batch")])
     expose(store.exposures, 1, [10], NOW_S)
     assert store.rebuild() == RebuiltMemory(shown=1, unreadable=1)
 

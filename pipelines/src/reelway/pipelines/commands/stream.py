@@ -21,8 +21,9 @@ def stream(
     context: typer.Context,
     run: Path = typer.Option(Path("runs/default"), "--run", help="Run directory whose features are updated."),
     events: str = typer.Option(
-        "", "--event-log",
-        help="Event log to read: a folder or kafka://host:port[,host:port][/prefix]. Defaults to RUN/events.",
+        "",
+        "--event-log",
+        help="Event log: a folder, kafka://host:port or kafka://host:port/prefix. Defaults to RUN/events.",
     ),
     overlay: str = typer.Option(
         "", "--changelog", help="Changelog for video features to write: a path or fsspec URL. Defaults to RUN/overlay."

@@ -1,4 +1,4 @@
-"""``reelway stream overlay``: embeds uploads for every open release."""
+"""``reelway stream overlay``: embeds uploads for every open release and writes the popular and trending lists."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ def overlay(
         None, min=1, max=65535, help="Port of the Prometheus metrics. By default no metrics are served."
     ),
 ) -> None:
-    """Add uploads to the video table of every open release until Ctrl-C or SIGTERM.
+    """Add uploads to every open release and write the live lists, until Ctrl-C or SIGTERM.
 
     Reads the catalogue of the event log, embeds each upload with the video tower of each release that is being served,
-    and writes the rows to the overlay that `reelway serve` reads. After a crash the command resumes from the overlay.
-    One process may write an overlay.
+    and writes the rows to the overlay that `reelway serve` reads. Counts exposures and outcomes of the last 24 hours
+    and writes the popular and trending lists there, too. After a crash the command resumes from its files. One process
+    may write an overlay.
 
     \b
     Examples:
@@ -55,6 +56,7 @@ def overlay(
         release_store=release_store or str(directory.release_store),
         release_cache=directory.path / "serving" / "releases",
         public_keys=public_keys or directory.keys,
+        lists_state=directory.path / "stream" / "lists.npz",
         metrics_port=metrics_port,
     )
     print_status(f"overlay: adding uploads to {options.overlay}; stop with Ctrl-C")

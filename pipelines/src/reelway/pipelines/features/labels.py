@@ -30,7 +30,7 @@ from reelway.platform.errors import DataError
 I64 = NDArray[np.int64]
 
 BINARY_OUTCOMES: Final = tuple(str(kind) for kind in OutcomeType if kind is not OutcomeType.WATCH)
-LABELS: Final = (*RANKER_TASKS, "not_interested", "report")
+LABELS: Final = (*RANKER_TASKS, "not_interested", "report", "block_creator", "block_topic")
 
 LABELLED_SCHEMA: Final = pa.schema(
     [

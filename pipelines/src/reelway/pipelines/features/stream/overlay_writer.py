@@ -24,6 +24,7 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry, start_http_server
 
+from reelway.pipelines.features.stream.list_writer import ListWriter
 from reelway.pipelines.features.stream.release_overlay import REFUSALS, OverlayStep, ReleaseOverlay
 from reelway.pipelines.features.stream.uploads import VideoRows
 from reelway.platform.contracts.ids import ReleaseId, short_id
@@ -56,6 +57,7 @@ class OverlayOptions:
     release_store: str
     release_cache: Path
     public_keys: Path
+    lists_state: Path  # state of the list task, on a disk of this process
     metrics_port: int | None = None
 
 
@@ -201,17 +203,30 @@ def run_overlay_writer(options: OverlayOptions, stop: threading.Event) -> None:
     """
     registry = CollectorRegistry()
     metrics = OverlayWriterMetrics(registry)
-    with only_writer(options.overlay), closing(OverlayWriter(options, metrics)) as writer:
+    with (
+        only_writer(options.overlay),
+        closing(OverlayWriter(options, metrics)) as writer,
+        closing(ListWriter(options.events, options.overlay, options.lists_state, registry)) as lists,
+    ):
         server = start_http_server(options.metrics_port, registry=registry) if options.metrics_port else None
         try:
             while not stop.is_set():
-                # A task that follows the same topics, such as the lists, takes its step here.
-                if not writer.step():
+                changed = writer.step()
+                if not (_poll_lists(lists, metrics) or changed):
                     stop.wait(IDLE_DELAY_S)
         finally:
             if server:
                 server[0].shutdown()
                 server[0].server_close()
+
+
+def _poll_lists(lists: ListWriter, metrics: OverlayWriterMetrics) -> int:
+    try:
+        return lists.poll()
+    except ReelwayError as error:
+        metrics.faults.inc()
+        log.error("lists: not updated, trying again in %g s: %s", IDLE_DELAY_S, error)
+        return 0
 
 
 @contextmanager

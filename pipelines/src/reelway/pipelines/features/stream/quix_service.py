@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry
 from reelway.pipelines.features.stream.bootstrap import initial_watermark_us
 from reelway.pipelines.features.stream.clock import STREAM_CLOCK_FILE, StreamClock
 from reelway.pipelines.features.stream.local_stream import offset_to_dataset_us
+from reelway.pipelines.features.stream.memory_keeper import viewer_memory_kept_complete
 from reelway.pipelines.features.stream.metrics import StreamMetrics, metrics_server
 from reelway.pipelines.features.stream.quix_stream import VIDEO_ROWS, VIEWER_ROWS, QuixSettings, QuixStream
 from reelway.pipelines.features.stream.row_delivery import (
@@ -69,7 +70,9 @@ def run_member(run: RunDirectory, options: StreamOptions, stop: threading.Event)
         time_axis = stream_clock(run, logs)
         rules, began_us = StreamRules(views, view_ttl_us(run), time_axis.behind_us), time_axis.began_us
         stream = QuixStream(settings, rules, began_us, lambda: load_dataset(run), video_facts(run), metrics, parked)
-        sinks = FeatureSinks(open_feature_store(run.features), FeatureChangelog(options.overlay or run.overlay))
+        features = open_feature_store(run.features)
+        sinks = FeatureSinks(features, FeatureChangelog(options.overlay or run.overlay))
+        stack.enter_context(viewer_memory_kept_complete(features, options.events))
         schemas, sources = row_schemas(views), settings.partitions * len(VIDEO_VIEWS)
         client = {"bootstrap.servers": settings.servers, **settings.client}
         threads = [

@@ -20,6 +20,7 @@ from prometheus_client import CollectorRegistry
 
 from reelway.pipelines.features.stream.clock import StreamClock, write_stream_clock
 from reelway.pipelines.features.stream.local_stream import LocalStream, MicroBatchResult
+from reelway.pipelines.features.stream.memory_keeper import viewer_memory_kept_complete
 from reelway.pipelines.features.stream.metrics import StreamMetrics, metrics_server
 from reelway.pipelines.features.stream.run_inputs import load_dataset, video_facts, view_settings, view_ttl_us
 from reelway.pipelines.features.stream.sinks import FeatureSinks
@@ -91,8 +92,10 @@ def record_batch(metrics: StreamMetrics, done: MicroBatchResult, now_us: float, 
 @contextmanager
 def open_stream(run: RunDirectory, options: StreamOptions) -> Iterator[LocalStream]:
     """Opens and starts the run's stream."""
-    sinks = FeatureSinks(open_feature_store(run.features), FeatureChangelog(options.overlay or run.overlay))
+    features = open_feature_store(run.features)
+    sinks = FeatureSinks(features, FeatureChangelog(options.overlay or run.overlay))
     with ExitStack() as stack:
+        stack.enter_context(viewer_memory_kept_complete(features, options.events or run.events))
         logs = {
             topic: stack.enter_context(closing(open_topic(options.events or run.events, topic))) for topic in TOPICS
         }

@@ -18,7 +18,7 @@ from pathlib import Path
 import httpx
 import typer
 
-from reelway.platform.cli.demo import report, rollouts
+from reelway.platform.cli.demo import live, report, rollouts
 from reelway.platform.cli.demo.demo_progress import DemoProgress
 from reelway.platform.cli.processes import child_process, reelway_command, run_command
 from reelway.platform.cli.terminal import print_status, stderr_console
@@ -51,6 +51,11 @@ class DemoOptions:
         """Whether the demo rolls out releases, which requires simulated viewers."""
         return self.rollouts and self.data is DataChoice.SIMULATED
 
+    @property
+    def with_live(self) -> bool:
+        """Whether the demo plays the live scenes, which require videos with durations and content vectors."""
+        return self.data is DataChoice.SIMULATED
+
 
 def register(app: typer.Typer) -> None:
     """Adds ``reelway demo``."""
@@ -73,7 +78,8 @@ def register(app: typer.Typer) -> None:
         The service starts with a release that recommends popular videos. The trained release is rolled out over it and
         promoted. Then three bad releases are rolled out: viewers like the first less, the second fails, the third is
         slow. Each is rolled back on evidence without a failed request. With --no-rollouts the trained release is
-        served directly.
+        served directly. At the end, pages without repeats, outcomes, an upload, a takedown and a trend show what counts
+        within seconds.
 
         Steps that were completed with the same inputs are skipped. Ctrl-C stops all processes that the demo started.
 
@@ -107,7 +113,9 @@ def exclusive_run_lock(run: RunDirectory) -> Iterator[None]:
 
 def run_demo(options: DemoOptions) -> None:
     run, offline = options.run, offline_steps(options)
-    progress = DemoProgress(len(offline) + 2 + (2 + len(rollouts.SCENARIOS) if options.with_rollouts else 0))
+    progress = DemoProgress(
+        len(offline) + 2 + options.with_live + (2 + len(rollouts.SCENARIOS) if options.with_rollouts else 0)
+    )
     if options.rollouts and not options.with_rollouts:
         print_status(f"no rollouts: {options.data.value} has no simulated viewers; use --data simulated")
     rollouts.archive_previous_rollouts(run)
@@ -129,12 +137,18 @@ def run_demo(options: DemoOptions) -> None:
         played = rollouts.run_scenarios(run, progress) if options.with_rollouts else None
         progress.step("Recommendations over HTTP", ["recommend", "--url", url, "--viewer", "..."])
         report.print_demo_report(run, url)
+        scenes = None
+        if options.with_live:
+            progress.step("Live: pages, outcomes, an upload, a takedown, a trend", ["catalogue", "upsert", "..."])
+            scenes = live.play_live_scenes(run, url)
         if played:
             rollouts.print_scenario_results(*played)
         progress.show_times()
         print_status(f"\nThe demo took {progress.elapsed_s:.0f} s.")
         if played:
             rollouts.check_results(*played)
+        if scenes:
+            live.check_live_results(scenes)
         if options.keep:
             stack.pop_all()
             pid = _read_serving_record(run)["pid"]

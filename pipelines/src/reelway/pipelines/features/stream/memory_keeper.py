@@ -1,0 +1,56 @@
+"""Keeps the viewers' memory complete while a stream runs: rebuilds it from the event log after a loss."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Final
+
+from feast import FeatureStore
+
+from reelway.pipelines.features.stream.memory_rebuild import rebuild_viewer_memory
+from reelway.platform.errors import ReelwayError
+from reelway.platform.eventlog.topics import Topic, open_topic
+from reelway.platform.features.viewer_memory import ViewerMemory, open_viewer_memory
+
+log = logging.getLogger(__name__)
+
+CHECK_INTERVAL_S: Final = 10.0
+"""Interval between two checks of the store's marker."""
+
+
+@contextmanager
+def viewer_memory_kept_complete(store: FeatureStore, events: str | Path) -> Iterator[None]:
+    """Checks the viewers' memory of an online store on a thread while the block runs.
+
+    Several processes may check the same store, because a rebuild is idempotent. A failed check is logged and repeated.
+
+    Args:
+        events: address of the event log.
+    """
+    memory, stop = open_viewer_memory(store), threading.Event()
+    thread = threading.Thread(target=_check_until, args=(memory, events, stop), name="viewer memory")
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _check_until(memory: ViewerMemory, events: str | Path, stop: threading.Event) -> None:
+    while not stop.is_set():
+        try:
+            if not memory.is_complete():
+                with (
+                    closing(open_topic(events, Topic.EXPOSURES)) as exposures,
+                    closing(open_topic(events, Topic.OUTCOMES)) as outcomes,
+                ):
+                    rebuild_viewer_memory(memory, exposures, outcomes, time.time())
+        except ReelwayError as error:
+            log.error("viewer memory: not checked, trying again in %g s: %s", CHECK_INTERVAL_S, error)
+        stop.wait(CHECK_INTERVAL_S)
