@@ -69,6 +69,12 @@ BENCHMARKS: Final = (
         "make bench-stream",
     ),
     Benchmark(
+        "live",
+        "How soon outcomes, uploads, takedowns and trends show in slates, what that adds to a slate, and the stream on "
+        "Quix Streams, on a real Kafka broker and a real Redis. All processes share the cores.",
+        "make bench-live",
+    ),
+    Benchmark(
         "canary",
         "Error rates and power of the rollout decision in simulated rollouts, next to the rules of other tools.",
         "make bench-canary",
