@@ -119,7 +119,7 @@ async def _until_candidate(router: ObservedRouter, video: int, timeout_s: float)
     opened = router.opened
     table, deadline = opened.router_release.table, time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        (row,) = table.rows_of([video])
+        (row,) = table.rows_of(np.array([video]))
         if row != ABSENT:
             query = viewer_query({}, RequestContext(), time.time(), table, seed=0)
             if row in (await opened.stages.retrieve(query)).rows:
@@ -136,7 +136,7 @@ async def _slate(router: ObservedRouter, viewer: int, count: int = 10) -> list[i
 async def _last_slate_s(router: ObservedRouter, video: int, taken_down_at: float) -> float:
     """Returns when the last slate could have the video: the video table hides it, or a slate had it later."""
     table = router.opened.router_release.table
-    row = table.rows_of([video])
+    row = table.rows_of(np.array([video]))
     viewers = itertools.count(int(taken_down_at * 1e6) % (MAX_ID // 2))
     last, hidden_since = 0.0, None
     while hidden_since is None or time.monotonic() < hidden_since + 0.2:
@@ -162,7 +162,7 @@ async def measure_trend(service: LiveService, rate: int) -> list[Row]:
                 for _ in range(10):
                     await asyncio.to_thread(watching.append, usual, rate)
                     await asyncio.sleep(1)
-                row = int(table.rows_of([planted])[0])
+                row = int(table.rows_of(np.array([planted]))[0])
                 start = time.monotonic()
 
                 def is_on_top() -> bool:

@@ -23,10 +23,10 @@ from tests.support.eventlog.kafka_broker import Broker, kafka_broker
 from tests.support.pipelines.stream_members import write_stream_inputs
 
 from reelway.pipelines.features.views import ViewSettings
+from reelway.platform.contracts.api import RecommendRequest
 from reelway.platform.contracts.events import Arm
 from reelway.platform.eventlog.catalogue_log import CataloguePublisher
 from reelway.platform.eventlog.kafka_topics import TopicSizes, required_topics
-from reelway.platform.eventlog.topics import Topic, open_topic
 from reelway.platform.features.feast_store import open_feature_store
 from reelway.platform.features.viewer_rows import ViewerRowReader
 from reelway.platform.rollout.traffic.bucketing import BUCKETS
@@ -35,8 +35,10 @@ from reelway.platform.rollout.traffic.serving_options import RouterArgs
 from reelway.platform.run_directory import RunDirectory
 from reelway.serving.deployments.applications import RouterDeployment
 from reelway.serving.release_pool import OpenRelease
+from reelway.serving.router import Router
 
 SIZES: Final = TopicSizes(viewer_partitions=4, video_partitions=3, replication=1, min_in_sync=1)
+SETTLED_S: Final = 60.0
 
 
 class ObservedRouter(RouterDeployment):
@@ -83,6 +85,7 @@ class LiveService:
         )
         try:
             await router.reconfigure(self.routing().model_dump(mode="json"))
+            await settle(router)
             yield router
         finally:
             await asyncio.to_thread(router.close)
@@ -161,6 +164,21 @@ def child(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]
         raise SystemExit(f"`{' '.join(command)}` ended with {status}:\n{log.read_text(errors='replace')[-3000:]}")
 
 
+async def settle(router: Router) -> None:
+    """Requests slates until no stage of twenty in a row was late: a process's first calls load what they use.
+
+    Raises:
+        SystemExit: if slates are still degraded after ``SETTLED_S``.
+    """
+    deadline, whole = time.monotonic() + SETTLED_S, 0
+    while whole < 20:
+        answer = await router.recommend(RecommendRequest(viewer_id=10**8 + whole, count=10))
+        whole = 0 if answer.response.degraded else whole + 1
+        if time.monotonic() > deadline:
+            raise SystemExit(f"slates are degraded after {SETTLED_S:g} s: {answer.response.degraded}")
+        await asyncio.sleep(0.01)
+
+
 async def until(what: str, holds: Callable[[], bool], timeout_s: float = 60.0, every_s: float = 0.02) -> float:
     """Waits until a condition holds and returns the monotonic time at which it did.
 
@@ -173,9 +191,3 @@ async def until(what: str, holds: Callable[[], bool], timeout_s: float = 60.0, e
             raise SystemExit(f"{what}: not within {timeout_s:g} s")
         await asyncio.sleep(every_s)
     return time.monotonic()
-
-
-def append_events(events: str, topic: Topic, records: Sequence[object]) -> None:
-    """Appends records to a topic."""
-    with closing(open_topic(events, topic)) as log:
-        log.append(list(records))  # type: ignore[arg-type]

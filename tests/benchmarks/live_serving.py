@@ -17,7 +17,7 @@ from typing import Final
 import numpy as np
 from prometheus_client import CollectorRegistry
 from tests.benchmarks.live_latency import FIRST_UPLOAD, Watching
-from tests.benchmarks.live_service import LiveService, ObservedRouter, until
+from tests.benchmarks.live_service import LiveService, ObservedRouter, settle, until
 from tests.benchmarks.serving_fixture import SECRET, VIEWERS
 from tests.support.bench_results import Row
 from tests.support.serving.uploads import upload
@@ -119,6 +119,7 @@ async def frozen_replica(service: LiveService) -> AsyncIterator[Router]:
             open_release, RouterDependencies(TokenSigner(SECRET), CollectorRegistry(), read_viewer=rows.read_viewer)
         )
         await router.reconfigure(service.routing().model_dump(mode="json"))
+        await settle(router)
         yield router
 
 

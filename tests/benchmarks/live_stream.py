@@ -31,6 +31,7 @@ from reelway.pipelines.features.stream.quix_service import stream_clock
 from reelway.pipelines.features.stream.service import TOPICS
 from reelway.pipelines.features.views import ViewSettings
 from reelway.platform.cli.terminal import print_status
+from reelway.platform.eventlog import Offsets
 from reelway.platform.eventlog.outcome_events import encode_outcomes
 from reelway.platform.eventlog.topics import Topic, open_topic
 from reelway.platform.run_directory import RunDirectory
@@ -103,7 +104,7 @@ def _outcomes_per_s(broker: Broker, events: str, count: int, batches: list[Any],
     return share * len(batches) * bench_stream.RATE / (time.monotonic() - appended_at)
 
 
-def _progress(broker: Broker, group: str, before: dict[int, int], end: dict[int, int]) -> int:
+def _progress(broker: Broker, group: str, before: Offsets, end: Offsets) -> int:
     committed = committed_offsets(broker, group, group.removesuffix("features") + Topic.OUTCOMES)
     return sum(min(max(committed.get(p, 0), before[p]), end[p]) - before[p] for p in end)
 
@@ -175,7 +176,7 @@ def _kill_rows(path: Path, broker: Broker, kills: int) -> list[Row]:
     ]
 
 
-def _wait_until_passed(broker: Broker, events: str, behind: dict[Topic, dict[int, int]], members: Members) -> None:
+def _wait_until_passed(broker: Broker, events: str, behind: dict[Topic, Offsets], members: Members) -> None:
     """Returns when the group has committed everything that the log had; it reads on until the next heartbeat."""
     prefix, deadline = prefix_of(events), time.monotonic() + 180
     while True:
