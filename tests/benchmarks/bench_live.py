@@ -1,6 +1,6 @@
 """Measures how soon what happens shows in slates, and what that costs, on a real Kafka broker and a real Redis.
 
-Usage: python -m tests.benchmarks.bench_live [--only repeats,outcomes,...] [--videos N]
+Usage: python -m tests.benchmarks.bench_live [--only repeats,outcomes,...] [--videos N,N]
 
 - repeats: videos that viewers get twice in 20 pages, with the stream and without it;
 - outcomes: from an acknowledged outcome to the next slate;
@@ -25,7 +25,8 @@ import argparse
 import asyncio
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -37,7 +38,7 @@ from tests.support.bench_results import Row, write_report
 
 from reelway.platform.cli.terminal import print_status
 
-Measure = Callable[[LiveService], Awaitable[list[Row]]]
+Measure = Callable[[LiveService], Coroutine[None, None, list[Row]]]
 STREAM: Final = "stream"
 
 
@@ -66,21 +67,18 @@ def _parts(options: argparse.Namespace) -> dict[str, Measure]:
 
 def _measured(options: argparse.Namespace, path: Path) -> Iterator[list[Row]]:
     chosen = {name: measure for name, measure in _parts(options).items() if name in options.only}
-    if chosen:
-        with live_service(path / "service", options.videos) as service:
-            print_status(f"a release of {options.videos:,} videos, Kafka and Redis are up")
+    for videos in options.videos if chosen else ():
+        with live_service(path / f"service-{videos}", videos) as service:
+            print_status(f"a release of {videos:,} videos, Kafka and Redis are up")
             for name, measure in chosen.items():
                 start = time.monotonic()
-                yield asyncio.run(_of(measure, service))  # type: ignore[arg-type]
+                rows = asyncio.run(measure(service))
+                yield [replace(row, metric=f"{videos:,} videos: {row.metric}") for row in rows]
                 print_status(f"{name}: {time.monotonic() - start:.0f} s")
     if STREAM in options.only:
         start = time.monotonic()
         yield measure_stream(path / STREAM, options.stream_outcomes, options.kills)
         print_status(f"{STREAM}: {time.monotonic() - start:.0f} s")
-
-
-async def _of(measure: Measure, service: LiveService) -> list[Row]:
-    return await measure(service)
 
 
 def _options() -> argparse.Namespace:
@@ -89,7 +87,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--only", type=lambda given: given.split(","), default=names, help=f"parts, by commas: {', '.join(names)}"
     )
-    parser.add_argument("--videos", type=int, default=20_000, help="videos of the release")
+    parser.add_argument(
+        "--videos", type=lambda given: [int(size) for size in given.split(",")], default=[20_000],
+        help="sizes of the catalogue, by commas; every part but stream is measured with each",
+    )  # fmt: skip
     parser.add_argument("--viewers", type=int, default=200, help="viewers of the part repeats")
     parser.add_argument("--outcomes", type=int, default=300, help="outcomes of the part outcomes")
     parser.add_argument("--uploads", type=int, default=100, help="uploads and takedowns of the part uploads")
