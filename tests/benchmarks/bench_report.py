@@ -53,6 +53,11 @@ BENCHMARKS: Final = (
         "make bench-closed-loop",
     ),
     Benchmark(
+        "source_mix",
+        "The sources of a slate's videos, and the watch time that a least share of each source costs.",
+        "python -m tests.benchmarks.bench_source_mix RUN",
+    ),
+    Benchmark(
         "serving",
         "The request path over HTTP against the same arithmetic in one process (the floor) and against the naive "
         "composition; its parts against their limits. All variants share the cores with the load generator.",
