@@ -178,8 +178,13 @@ cluster-artifacts: cluster-programs cluster-images ## Build everything that `mak
 cluster-load-images: cluster-images cluster ## Build the images of Reelway from this checkout and load them into the node.
 	@$(BIN)/python infra/cluster load .cluster/images/operator.tar .cluster/images/serving.tar .cluster/images/training.tar
 
+.PHONY: cluster-load-servers
+cluster-load-servers: cluster-images cluster ## Build images of Kafka and Redis and load them into the node.
+	@test -s .cluster/images/kafka.tar -a -s .cluster/images/redis.tar || $(BIN)/python infra/images node redis kafka
+	@$(BIN)/python infra/cluster load .cluster/images/redis.tar .cluster/images/kafka.tar
+
 .PHONY: e2e
-e2e: $(if $(OWN_NODE),cluster-load-images cluster-monitoring cluster-kserve,install) ## Test the platform end to end on a real node: install, roll out, kill, upgrade, uninstall (25 minutes).
+e2e: $(if $(OWN_NODE),cluster-load-images cluster-load-servers cluster-monitoring cluster-kserve,install) ## Test the platform end to end on a real node: install, roll out, kill, upgrade, uninstall, live parts (35 minutes).
 	$(BIN)/python -m pytest -m e2e --durations=25 tests/e2e
 
 .PHONY: bench-cluster

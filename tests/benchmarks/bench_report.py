@@ -95,6 +95,11 @@ BENCHMARKS: Final = (
         "make e2e",
     ),
     Benchmark("jobs", "A release from `reelway submit` on a real Kubernetes node.", "make e2e"),
+    Benchmark(
+        "e2e_live",
+        "Live parts with Kafka on a real Kubernetes node: what is done, uploaded and taken down.",
+        "make e2e",
+    ),
     Benchmark("e2e_kserve", "Rankers under KServe's controller on a real Kubernetes node.", "make e2e"),
     Benchmark(
         "cluster",

@@ -19,7 +19,6 @@ Other modules create their own installations, before or after the shared one.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from tests.support.e2e.clusters import Cluster, find_cluster
 from tests.support.e2e.diagnosis import describe_namespace
 from tests.support.e2e.installation import Installation
 from tests.support.e2e.load_pod import constant_load
-from tests.support.e2e.pods import image
+from tests.support.e2e.pods import check_images, image
 from tests.support.e2e.release_fixtures import build_release_fixtures
 from tests.support.e2e.shared_installation import SharedInstallation
 
@@ -46,18 +45,10 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
         pytest.skip("no cluster: start one with `make cluster`, or set KUBECONFIG and REELWAY_CLUSTER_TESTS=1")
     cluster.kubectl("default").run("get", "--raw", "/readyz", "--request-timeout=10s")
     if cluster.own:
-        _check_images(cluster)
+        check_images(cluster, {image("operator"), image("serving")})
     request.session.stash[_CLUSTER] = cluster
     yield cluster
     cluster.wait_until_deleted()
-
-
-def _check_images(cluster: Cluster) -> None:
-    """Fails if the node of `make cluster`, which pulls no images, lacks one."""
-    nodes = json.loads(cluster.kubectl("default").run("get", "nodes", "-o", "json"))["items"]
-    loaded = {name for node in nodes for entry in node["status"]["images"] for name in entry["names"] or ()}
-    required = {image("operator"), image("serving")}
-    assert required <= loaded, f"the node lacks {sorted(required - loaded)}; run `make cluster-load-images`"
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,11 @@ IMAGE: Final = "REELWAY_E2E_KAFKA_IMAGE"
 PORT: Final = 9092
 
 
+def image() -> str:
+    """Reference of the image."""
+    return os.environ.get(IMAGE, "reelway.local/kafka:node")
+
+
 def apply_kafka(kubectl: Kubectl, name: str) -> None:
     """Creates a pod with a Service and waits until it is ready. Both are deleted with the namespace.
 
@@ -22,7 +27,7 @@ def apply_kafka(kubectl: Kubectl, name: str) -> None:
     pod["metadata"]["labels"] = {**LABEL, "app": name}
     container: dict[str, Any] = pod["spec"]["containers"][0]
     container |= {
-        "image": os.environ.get(IMAGE, "reelway.local/kafka:node"),
+        "image": image(),
         "readinessProbe": {"tcpSocket": {"port": PORT}},
         "resources": {"requests": {"cpu": "100m", "memory": "512Mi"}, "limits": {"cpu": "1", "memory": "768Mi"}},
     }

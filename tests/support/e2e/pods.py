@@ -5,6 +5,7 @@ They run the operator's image, which has Python, httpx and NumPy.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from typing import Any, Final
 
 import yaml
 from tests.support.cluster.kubectl import ROOT, Kubectl
-from tests.support.e2e.clusters import CHART
+from tests.support.e2e.clusters import CHART, Cluster
 
 DEV_VALUES: Final = ROOT / "infra" / "environments" / "dev.yaml"
 MORE_VALUES: Final = "REELWAY_E2E_VALUES"
@@ -38,6 +39,14 @@ def image(of: str = "operator") -> str:
         registry = values.get("registry", registry)
         reference |= values.get(of, {})
     return f"{registry}/{reference['repository']}:{reference['tag']}"
+
+
+def check_images(cluster: Cluster, required: set[str]) -> None:
+    """Fails if the node of `make cluster`, which pulls no images, lacks one."""
+    nodes = json.loads(cluster.kubectl("default").run("get", "nodes", "-o", "json"))["items"]
+    loaded = {name for node in nodes for entry in node["status"]["images"] for name in entry["names"] or ()}
+    missing = sorted(required - loaded)
+    assert not missing, f"the node lacks {missing}; run `make cluster-load-images cluster-load-servers`"
 
 
 def pod_document(

@@ -13,14 +13,18 @@ IMAGE: Final = "REELWAY_E2E_REDIS_IMAGE"
 PORT: Final = 6379
 
 
+def image() -> str:
+    """Reference of the image."""
+    return os.environ.get(IMAGE, "reelway.local/redis:node")
+
+
 def apply_redis(kubectl: Kubectl, name: str, secret: str) -> None:
     """Creates a pod with a Service and waits until it is ready. Both are deleted with the namespace."""
     pod = pod_document(name, ["/bin/sh", "-c", 'exec redis-server --save "" --dir /tmp --requirepass "$PASSWORD"'])
     pod["metadata"]["labels"] = {**LABEL, "app": name}
     container: dict[str, Any] = pod["spec"]["containers"][0]
-    image = os.environ.get(IMAGE, "reelway.local/redis:node")
     password = {"name": "PASSWORD", "valueFrom": {"secretKeyRef": {"name": secret, "key": "redis-password"}}}
-    container |= {"image": image, "env": [password], "readinessProbe": {"tcpSocket": {"port": PORT}}}
+    container |= {"image": image(), "env": [password], "readinessProbe": {"tcpSocket": {"port": PORT}}}
     kubectl.apply(pod)
     kubectl.apply({
         "apiVersion": "v1", "kind": "Service", "metadata": {"name": name},

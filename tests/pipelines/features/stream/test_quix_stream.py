@@ -136,6 +136,10 @@ def test_member_ends_cleanly_at_sigterm(run: RunDirectory, events: str, tmp_path
     members = Members(run, events, tmp_path / "members")
     try:
         members.start("a")
+        deadline = time.monotonic() + 90
+        while "member of a group" not in members.output():
+            assert time.monotonic() < deadline, members.output()
+            time.sleep(0.1)
         with load(events, random.Random(7)):
             time.sleep(15)
             assert members.stop("a") == 0, members.output()
