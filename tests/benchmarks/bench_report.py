@@ -53,6 +53,11 @@ BENCHMARKS: Final = (
         "make bench-closed-loop",
     ),
     Benchmark(
+        "source_mix",
+        "The sources of a slate's videos, and the watch time that a least share of each source costs.",
+        "python -m tests.benchmarks.bench_source_mix RUN",
+    ),
+    Benchmark(
         "serving",
         "The request path over HTTP against the same arithmetic in one process (the floor) and against the naive "
         "composition; its parts against their limits. All variants share the cores with the load generator.",
@@ -67,6 +72,12 @@ BENCHMARKS: Final = (
         "stream",
         "Outcomes per second and core of the feature stream. Writing to the online store is not counted.",
         "make bench-stream",
+    ),
+    Benchmark(
+        "live",
+        "How soon outcomes, uploads, takedowns and trends show in slates, what that adds to a slate, and the stream on "
+        "Quix Streams, on a real Kafka broker and a real Redis. All processes share the cores.",
+        "make bench-live",
     ),
     Benchmark(
         "canary",

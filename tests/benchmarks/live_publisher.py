@@ -1,0 +1,43 @@
+"""Publishes updates of distinct videos at a constant rate, in a process of its own.
+
+Usage: python -m tests.benchmarks.live_publisher EVENTS FIRST_VIDEO RATE SECONDS
+
+It waits for a line on standard input before it begins, and prints the updates per second that it reached.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import closing
+from datetime import UTC, datetime
+from typing import Final
+
+from tests.support.serving.uploads import upload
+
+from reelway.platform.eventlog.catalogue_log import CataloguePublisher
+
+BATCH_S: Final = 0.05
+CONTENTS: Final = 500
+
+
+def main(events: str, first: int, rate: int, seconds: float) -> None:
+    contents = [upload(first + number) for number in range(CONTENTS)]
+    size, now = max(int(rate * BATCH_S), 1), datetime.now(UTC)
+    batches = int(seconds / BATCH_S)
+    with closing(CataloguePublisher(events)) as publisher:
+        print("ready", flush=True)
+        sys.stdin.readline()
+        start = time.monotonic()
+        for batch in range(batches):
+            changes = [
+                contents[video % CONTENTS].model_copy(update={"video_id": first + video, "uploaded_at": now})
+                for video in range(batch * size, (batch + 1) * size)
+            ]
+            publisher.publish(changes)
+            time.sleep(max(start + (batch + 1) * BATCH_S - time.monotonic(), 0.0))
+        print(batches * size / (time.monotonic() - start), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))
