@@ -62,7 +62,7 @@ def outcome_batch(rows: int, viewers: int = 1) -> pa.RecordBatch:
     for field in OUTCOME_EVENT_SCHEMA:
         if pa.types.is_dictionary(field.type):
             column = pa.array(["watch"] * rows).cast(field.type)
-        elif pa.types.is_int32(field.type):
+        elif pa.types.is_int32(field.type) or pa.types.is_int8(field.type):
             column = pa.array(rng.integers(0, 100, rows)).cast(field.type)
         elif field.name in ("viewer_id", "position"):
             column = pa.array(rng.integers(0, viewers, rows)).cast(field.type)

@@ -55,6 +55,10 @@ class Broker:
         name = f"reelway-test-{uuid4().hex[:12]}"
         for future in self.admin.create_topics([NewTopic(name, partitions, 1, config=dict(config or {}))]).values():
             future.result(30)
+        deadline = time.monotonic() + 30
+        while self.admin.list_topics(name, timeout=10).topics[name].error is not None:  # not yet in the metadata
+            assert time.monotonic() < deadline, f"topic {name} is not in the broker's metadata"
+            time.sleep(0.05)
         return name
 
     def delete_records(self, topic: str, partition: int, before: int) -> None:

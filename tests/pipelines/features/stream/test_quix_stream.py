@@ -106,6 +106,10 @@ class Members:
             )  # fmt: skip
 
     def kill(self, name: str, *, lose_state: bool = False) -> None:
+        deadline = time.monotonic() + 60
+        while lose_state and not (self._folder / name).exists():  # a member that has just started has no state to lose
+            assert time.monotonic() < deadline, self.output()
+            time.sleep(0.1)
         self._processes[name].kill()
         self._processes[name].wait()
         if lose_state:
@@ -279,6 +283,10 @@ def test_member_ends_cleanly_at_sigterm(run: RunDirectory, events: str, tmp_path
     members = Members(run, events, tmp_path / "members")
     try:
         members.start("a")
+        deadline = time.monotonic() + 90
+        while "member of a group" not in members.output():
+            assert time.monotonic() < deadline, members.output()
+            time.sleep(0.1)
         with load(events, random.Random(7)):
             time.sleep(15)
             assert members.stop("a") == 0, members.output()

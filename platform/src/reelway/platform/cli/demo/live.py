@@ -34,6 +34,7 @@ UPLOAD_VIEWERS: Final = 30
 TREND_VIEWERS: Final = 60
 DEADLINE_S: Final = 60.0
 """How long a scene may take to become visible."""
+START_DEADLINE_S: Final = 120.0
 GONE_S: Final = 5.0
 """How long slates are read after a takedown."""
 POLL_INTERVAL_S: Final = 0.1
@@ -67,6 +68,8 @@ class LiveScenes:
 
     def play(self) -> list[LiveResult]:
         """Plays all scenes and returns their results."""
+        with stderr_console.status("waiting for the feature stream"):
+            self._wait_for_stream()
         results = []
         video = self._new_video()
         for title, scene in (
@@ -80,6 +83,23 @@ class LiveScenes:
                 result, passed = scene()
             results.append(LiveResult(title, result, passed))
         return results
+
+    def _wait_for_stream(self) -> None:
+        """Waits until the stream has caught up after its start: an outcome reaches a new viewer's slate.
+
+        Raises:
+            ServingError: if it does not within ``START_DEADLINE_S``.
+        """
+        viewer = self.new_viewer - 1
+        (first,) = self._slate(viewer, 1)
+        self._report([(first["token"], OutcomeType.LIKE, None)])
+        deadline = time.monotonic() + START_DEADLINE_S
+        while not any(video["reason"].startswith("because") for video in self._slate(viewer, PAGE_VIDEOS)):
+            if time.monotonic() > deadline:
+                raise ServingError(
+                    f"outcomes reach no slate after {START_DEADLINE_S:g} s; see {self.run.path / 'stream'}/stream.log"
+                )
+            time.sleep(1.0)
 
     def _pages(self) -> tuple[str, bool]:
         shown = [video["video_id"] for _ in range(PAGES) for video in self._slate(self.viewers[0], PAGE_VIDEOS)]
@@ -105,11 +125,10 @@ class LiveScenes:
         page, elapsed_s = _first(page_that_follows, began)
         if page is None:
             return f"no slate followed within {DEADLINE_S:g} s", False
-        count = sum(topic_of.get(video["video_id"]) == topic for video in page)
-        share = sum(topic_of[video["video_id"]] == topic for video in first) / len(first)
+        because = sum(video["reason"].startswith("because") for video in page)
         return (
-            f"first slate that follows after {elapsed_s:.1f} s: {count} of {PAGE_VIDEOS} videos of the topic, "
-            f"{share * PAGE_VIDEOS:.1f} of {PAGE_VIDEOS} before"
+            f"first slate that follows after {elapsed_s:.1f} s: {because} of {len(page)} videos because of them, "
+            "none before"
         ), True
 
     def _new_video(self) -> dict[str, Any]:
