@@ -18,9 +18,7 @@ TIMEOUT_S = 10.0
 UPLOAD_COUNT = 50
 """Videos of each slate in which an uploaded video is looked for."""
 FOLLOW_COUNT, FOLLOW_INTERVAL_S = 5, 0.25
-"""Size and interval of the slates of a viewer who waits. Each removes its videos from the viewer's later slates, so
-that larger or more frequent ones would use up a small catalogue.
-"""
+"""Videos and interval of the slates of a viewer who waits. A video is shown once, and the catalogue is small."""
 Slate = dict[str, Any]
 
 
@@ -104,7 +102,8 @@ def take_down(
 
 def metrics(urls: Iterable[str]) -> list[str]:
     """Returns the text of metrics pages."""
-    return [httpx.get(url, timeout=TIMEOUT_S).raise_for_status().text for url in urls]
+    pages = [httpx.get(url, timeout=TIMEOUT_S, follow_redirects=True) for url in urls]
+    return [page.raise_for_status().text for page in pages]
 
 
 def _client(url: str) -> httpx.Client:

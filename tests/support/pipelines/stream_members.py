@@ -87,7 +87,11 @@ class Members:
             )  # fmt: skip
 
     def kill(self, name: str, *, lose_state: bool = False) -> None:
-        """Sends SIGKILL, and removes the member's state if ``lose_state``."""
+        """Sends SIGKILL, and removes the member's state if ``lose_state``, for which it waits."""
+        deadline = time.monotonic() + 60
+        while lose_state and not (self._folder / name).exists():
+            assert time.monotonic() < deadline, self.output()
+            time.sleep(0.1)
         self._processes[name].kill()
         self._processes[name].wait()
         if lose_state:
