@@ -50,6 +50,7 @@ COMPONENTS: Final[dict[str, Document]] = {
             "runsClaim": "", "parity": {"run": "s3://runs/production"}, "features": {"enabled": False},
             "train": {"enabled": False}, "evaluate": {"enabled": False},
         },
+        "stream": {"enabled": False},
     },
     "host-path": {"releases": {"store": {"type": "hostPath", **_GIVEN_CLAIM}}},
     "redis-bundled": {"features": {**_REDIS, "redis": {"mode": "bundled", "host": "", "tls": False}}},
