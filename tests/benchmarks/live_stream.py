@@ -115,7 +115,7 @@ def _wait_for_members(broker: Broker, group: str, count: int, members: Members) 
     topic = group.removesuffix("features") + Topic.OUTCOMES
     while True:
         (future,) = broker.admin.describe_consumer_groups([group]).values()
-        described = future.result(10)
+        described = future.result(60)
         assigned = [m for m in described.members if m.assignment and m.assignment.topic_partitions]
         if len(assigned) == count and len(committed_offsets(broker, group, topic)) == PARTITIONS:
             return
@@ -128,7 +128,7 @@ def committed_offsets(broker: Broker, group: str, topic: str) -> dict[int, int]:
     """Returns the group's position in each partition that it has committed."""
     wanted = ConsumerGroupTopicPartitions(group, [TopicPartition(topic, p) for p in range(PARTITIONS)])
     (future,) = broker.admin.list_consumer_group_offsets([wanted]).values()
-    return {p.partition: p.offset for p in future.result(10).topic_partitions if p.offset >= 0}
+    return {p.partition: p.offset for p in future.result(60).topic_partitions if p.offset >= 0}
 
 
 def _kill_rows(path: Path, broker: Broker, kills: int) -> list[Row]:
