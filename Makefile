@@ -88,11 +88,7 @@ test-quick: install ## Run only the tests that need neither Ray nor a server (ab
 	$(BIN)/python -m pytest -m "not slow and not ray and not redis and not kafka and not cluster and not e2e"
 
 .PHONY: bench
-<<<<<<< HEAD
-bench: bench-simulator bench-features bench-ray-train bench-serving bench-quality bench-closed-loop bench-canary bench-rollout bench-stream bench-parity ## Run the benchmarks that need no cluster, one after another (hours), then write BENCHMARKS.md.
-=======
-bench: bench-simulator bench-features bench-ray-train bench-serving bench-quality bench-closed-loop bench-canary bench-rollout bench-stream bench-live ## Run the benchmarks that need no cluster, one after another (hours), then write BENCHMARKS.md.
->>>>>>> h/benchlive
+bench: bench-simulator bench-features bench-ray-train bench-serving bench-quality bench-closed-loop bench-canary bench-rollout bench-stream bench-parity bench-live ## Run the benchmarks that need no cluster, one after another (hours), then write BENCHMARKS.md.
 	$(MAKE) bench-report
 
 .PHONY: bench-simulator
@@ -131,15 +127,13 @@ bench-rollout: install ## Measure webhook to rollback, failed requests and arm s
 bench-stream: install ## Measure outcomes per second and core of the feature stream.
 	$(BIN)/python -m tests.benchmarks.bench_stream
 
-<<<<<<< HEAD
 .PHONY: bench-parity
 bench-parity: install ## Replay a million served values with the stream on (minutes).
 	$(BIN)/python -m tests.benchmarks.bench_parity
-=======
+
 .PHONY: bench-live
 bench-live: install ## Measure how soon outcomes, uploads, takedowns and trends show in slates, on real Kafka and Redis (15 minutes).
 	$(BIN)/python -m tests.benchmarks.bench_live $(BENCH_LIVE)
->>>>>>> h/benchlive
 
 .PHONY: bench-report
 bench-report: install ## Write BENCHMARKS.md from build/bench/*.json.

@@ -140,7 +140,7 @@ async def _last_slate_s(router: ObservedRouter, video: int, taken_down_at: float
     viewers = itertools.count(int(taken_down_at * 1e6) % (MAX_ID // 2))
     last, hidden_since = 0.0, None
     while hidden_since is None or time.monotonic() < hidden_since + 0.2:
-        if hidden_since is None and not len(table.servable_rows(row)):
+        if hidden_since is None and (table.servable_rows(row) == ABSENT).all():
             hidden_since = time.monotonic()
             last = hidden_since - taken_down_at
         started = time.monotonic()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 import time
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from confluent_kafka import ConsumerGroupTopicPartitions, TopicPartition
+from confluent_kafka import ConsumerGroupTopicPartitions, KafkaException, TopicPartition
 from tests.benchmarks import bench_stream
 from tests.support.bench_results import Row
 from tests.support.dimensions import DIMENSIONS
@@ -38,6 +38,7 @@ from reelway.platform.run_directory import RunDirectory
 
 PARTITIONS: Final = 4
 BACK_S: Final = 30.0
+STARTED_S: Final = 180.0
 
 
 def measure_stream(path: Path, outcomes: int, kills: int) -> list[Row]:
@@ -111,24 +112,25 @@ def _progress(broker: Broker, group: str, before: Offsets, end: Offsets) -> int:
 
 def _wait_for_members(broker: Broker, group: str, count: int, members: Members) -> None:
     """Returns when so many members share the partitions and have committed something of each."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + STARTED_S
     topic = group.removesuffix("features") + Topic.OUTCOMES
-    while True:
-        (future,) = broker.admin.describe_consumer_groups([group]).values()
-        described = future.result(10)
-        assigned = [m for m in described.members if m.assignment and m.assignment.topic_partitions]
-        if len(assigned) == count and len(committed_offsets(broker, group, topic)) == PARTITIONS:
-            return
-        if time.monotonic() > deadline:
-            raise SystemExit(f"{len(assigned)} of {count} members take part after 120 s\n{members.output()}")
+    assigned = 0
+    while time.monotonic() < deadline:
+        with suppress(KafkaException, TimeoutError):  # until the first member joins, no broker coordinates the group
+            (future,) = broker.admin.describe_consumer_groups([group], request_timeout=5).values()
+            found = future.result(10).members
+            assigned = sum(bool(m.assignment and m.assignment.topic_partitions) for m in found)
+            if assigned == count and len(committed_offsets(broker, group, topic)) == PARTITIONS:
+                return
         time.sleep(0.5)
+    raise SystemExit(f"{assigned} of {count} members take part after {STARTED_S:g} s\n{members.output()}")
 
 
 def committed_offsets(broker: Broker, group: str, topic: str) -> dict[int, int]:
     """Returns the group's position in each partition that it has committed."""
     wanted = ConsumerGroupTopicPartitions(group, [TopicPartition(topic, p) for p in range(PARTITIONS)])
     (future,) = broker.admin.list_consumer_group_offsets([wanted]).values()
-    return {p.partition: p.offset for p in future.result(10).topic_partitions if p.offset >= 0}
+    return {p.partition: p.offset for p in future.result(60).topic_partitions if p.offset >= 0}
 
 
 def _kill_rows(path: Path, broker: Broker, kills: int) -> list[Row]:

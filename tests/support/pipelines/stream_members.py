@@ -87,9 +87,9 @@ class Members:
             )  # fmt: skip
 
     def kill(self, name: str, *, lose_state: bool = False) -> None:
-        """Sends SIGKILL, and removes the member's state if ``lose_state``, for which it waits."""
+        """Sends SIGKILL, and removes the member's state if ``lose_state``."""
         deadline = time.monotonic() + 60
-        while lose_state and not (self._folder / name).exists():
+        while lose_state and not (self._folder / name).exists():  # a member that has just started has no state to lose
             assert time.monotonic() < deadline, self.output()
             time.sleep(0.1)
         self._processes[name].kill()
