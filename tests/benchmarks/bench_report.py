@@ -74,6 +74,11 @@ BENCHMARKS: Final = (
         "make bench-stream",
     ),
     Benchmark(
+        "parity",
+        "The replay of served values with the stream on, whose process is killed meanwhile.",
+        "make bench-parity",
+    ),
+    Benchmark(
         "live",
         "How soon outcomes, uploads, takedowns and trends show in slates, what that adds to a slate, and the stream on "
         "Quix Streams, on a real Kafka broker and a real Redis. All processes share the cores.",

@@ -47,7 +47,7 @@ def test_traffic_report_matches_the_service(world: World, tmp_path: Path) -> Non
     assert {(r["release"], r["arm"]): r["requests"] for r in report["releases"]} == dict(service.slates)
     assert 200 < report["requests"] == sum(service.slates.values()) < 400
     assert report["failed"] == report["arm_changes"] == report["outcomes"]["posts_failed"] == 0
-    assert report["outcomes"]["sent"] == len(service.outcomes) == report["outcomes"]["answered"]["counted"]
+    assert report["outcomes"]["sent"] == len(service.outcomes) == report["outcomes"]["answered"]["accepted"]
     assert sum(r["viewers"] for r in report["releases"]) == report["viewers"] == len(service.asked)
     examined = sum(r["videos_looked_at"] for r in report["releases"])
     watches = [o for o in service.outcomes if o["type"] == "watch"]
