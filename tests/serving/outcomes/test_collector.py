@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,6 +31,9 @@ from tests.support.serving.raw_events import (
 from reelway.platform.contracts.events import OUTCOME_HORIZON_S, Arm, OutcomeType
 from reelway.platform.errors import StorageError
 from reelway.platform.eventlog import EventLog, LogRecord
+from reelway.platform.eventlog.arrow_records import encode_rows
+from reelway.platform.eventlog.exposure_events import EXPOSURE_EVENT_SCHEMA
+from reelway.platform.eventlog.outcome_events import OUTCOME_EVENT_SCHEMA
 from reelway.platform.eventlog.sqlite_log import SqliteLog
 from reelway.platform.eventlog.topics import Topic, open_topic
 from reelway.platform.rollout import metric_names
@@ -333,3 +337,15 @@ def test_one_core_counts_20000_impressions_per_second(tmp_path: Path, capsys: py
         print(f"\n{ingest}")
     assert ingest.outcomes == 40_000
     assert ingest.core_share < 1.0
+
+
+def test_records_without_rows_are_read_like_others(tmp_path: Path) -> None:
+    """The feature stream on Kafka appends such records, so that time goes on in quiet partitions."""
+    collector = OutcomeCollector(tmp_path / "sums.db", lambda topic: open_topic(tmp_path / "events", topic))
+    for topic, schema in ((Topic.EXPOSURES, EXPOSURE_EVENT_SCHEMA), (Topic.OUTCOMES, OUTCOME_EVENT_SCHEMA)):
+        events = open_topic(tmp_path / "events", topic)
+        events.append([LogRecord("quiet", 0, encode_rows(pa.RecordBatch.from_pylist([], schema=schema)))])
+        events.close()
+    assert collector.advance() + collector.advance() == 2
+    assert b'unreadable_records_total{source="exposures"} 0.0' in collector.metrics_text()
+    collector.close()

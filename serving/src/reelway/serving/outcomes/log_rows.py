@@ -83,14 +83,14 @@ class OutcomeRows:
 
 
 def read_exposure_rows(record: StoredRecord) -> ExposureRows:
-    """Decodes one record; the slates that were shown outside of any rollout are left out.
+    """Decodes one record; the slates that were shown outside of any rollout are left out. A record may have no rows.
 
     Raises:
         DataError: if the record is not a batch of exposures.
     """
     table = decode_exposures(record.payload)
     rollout = _strings(table, "rollout")
-    table = table.filter(pa.array(np.array([bool(name) for name in rollout.names])[rollout.codes]))
+    table = table.filter(pa.array(np.array([bool(name) for name in rollout.names], np.bool_)[rollout.codes]))
     arms, arm_V = _arms(table)
     request_V, slices_V = _numbers(table, "request_id"), _slices(table)
     _, first, count = np.unique(
