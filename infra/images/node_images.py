@@ -60,7 +60,8 @@ def _copy_kafka(context: Path, say: Callable[[str], None]) -> None:
     if java is None or maven is None:
         raise BuilderError("java, mvn: not found on this machine; `make system-packages` installs both")
     runtime = Path(java).resolve().parents[1]
-    shutil.copytree(runtime, context / "java", ignore=shutil.ignore_patterns("src.zip", "man", "jmods", "legal"))
+    unused = shutil.ignore_patterns("src.zip", "man", "jmods", "legal", "docs")  # some are links that lead nowhere
+    shutil.copytree(runtime, context / "java", ignore=unused, ignore_dangling_symlinks=True)
     say("fetching Kafka's jars")
     fetch = [maven, "-q", "-B", "-f", str(KAFKA_POM), "dependency:copy-dependencies"]
     done = subprocess.run(
