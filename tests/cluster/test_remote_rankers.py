@@ -141,7 +141,7 @@ def test_rankers_exist_as_long_as_their_traffic() -> None:
         assert rankers.known.keys() == {release[:12] for release in releases}
     rankers.known.clear()
     reconciler.reconcile()
-    assert rankers.known.keys() == {NEW[:12]}, "a ranker that somebody deleted is created again"
+    assert rankers.known.keys() == {NEW[:12]}, "a deleted ranker is created again"
     assert traffic.applied == [target(OLD, NEW), target(NEW)]
 
 

@@ -77,7 +77,7 @@ def test_ten_pages_repeat_no_video(live: LiveInstallation) -> None:
 
 
 def test_next_slate_has_no_video_of_a_blocked_creator(live: LiveInstallation) -> None:
-    """Another new viewer, who blocks nobody, is shown the creator in the same pages."""
+    """Another new viewer, without blocks, is shown the creator in the same pages."""
     viewer, other = live.new_viewers(1), live.new_viewers(1)
     first, *_ = live.slates([viewer], 50)
     tokens = {video["creator_id"]: video["token"] for video in first["videos"]}

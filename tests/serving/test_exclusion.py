@@ -191,8 +191,8 @@ def test_viewer_who_saw_2000_videos_gets_the_next_nearest(factory: str) -> None:
     shown = by_similarity[:2_000]
     bits = np.full(10_000 // 8, 0xFF, np.uint8)
     np.bitwise_and.at(bits, shown >> 3, ~(1 << (shown & 7)).astype(np.uint8))
-    nobody = np.empty(0, np.int64)
-    seen = Exclusions(shown, np.empty((0, 2048), np.uint8), nobody, nobody)
+    no_ids = np.empty(0, np.int64)
+    seen = Exclusions(shown, np.empty((0, 2048), np.uint8), no_ids, no_ids)
     asks = ViewerQuery(None, shown[:0], np.empty(0, np.float32), None, NOW_S, 0, seen)  # type: ignore[arg-type]
     found = AnnSource(index, vectors).propose(SourceQuery(asks, viewer, 100 + len(shown), bits, 100)).rows
     assert len(found) == 100

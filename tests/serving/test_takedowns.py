@@ -132,7 +132,7 @@ def test_release_that_opens_later_hides_earlier_takedowns(
 def test_release_does_not_open_while_takedowns_are_unread(folder: Path, events: Path) -> None:
     publish(events, *takedown(videos=[1]))
     table = open_video_table(folder / VIDEOS_FILE)
-    following = follower(events)  # nobody polls
+    following = follower(events)  # not polled
     with pytest.raises(StorageError, match="not read to the end"):
         following.hide_in(table, timeout_s=0.05)
     opened = threading.Event()

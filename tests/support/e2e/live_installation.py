@@ -61,7 +61,7 @@ class LiveInstallation:
     live_run: LiveRun
     rows: list[Row] = field(default_factory=list)
     next_viewer: int = 1_000_000
-    """First id of viewers whom nobody has used yet."""
+    """First id of viewers that no scene has used yet."""
     taken_down: list[int] = field(default_factory=list)
     """Videos that an earlier test took down."""
     counted: tuple[int, int] = (0, 0)

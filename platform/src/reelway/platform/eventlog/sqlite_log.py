@@ -1,7 +1,7 @@
 """The event log in one SQLite file, for one machine and any number of processes. An append returns once it is on disk.
 
 The log has one partition. Records get their time in the transaction that appends them: the clock's time, or that of the
-record before if the clock was set back. Retention deletes old records, whoever has read them. A record with a
+record before if the clock was set back. Retention deletes old records, read or not. A record with a
 compaction key stays as long as it is the newest of its key.
 """
 

@@ -170,7 +170,7 @@ class LiveScenes:
         return f"{shown}, read for {GONE_S:g} s", last_s < done - began + GONE_S / 2
 
     def _trend(self) -> tuple[str, bool]:
-        """Viewers watch whichever of the shown videos has been the least popular in the lists."""
+        """New viewers watch the shown video that is lowest in the trending list, or not in it."""
         ranks = _trending_ranks(self.run.overlay)
         target, began = 0, time.monotonic()
         for viewer in range(self.new_viewer + 1, self.new_viewer + 1 + TREND_VIEWERS):
