@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -38,7 +39,7 @@ from reelway.platform.eventlog.sqlite_log import SqliteLog
 from reelway.platform.eventlog.topics import Topic, open_topic
 from reelway.platform.rollout import metric_names
 from reelway.platform.telemetry import ALLOWED_LABELS
-from reelway.serving.outcomes import EventLogWriter, ExposureWriter, OutcomeCollector
+from reelway.serving.outcomes import EventLogWriter, ExposureWriter, OutcomeCollector, outcome_store
 
 SHOWN = [ShownImpression(i, i % 5, Arm.CANARY if i % 2 else Arm.STABLE, 0.5, i % 8) for i in range(40)]
 DONE = [RawOutcome(one, OutcomeType.WATCH, 20_000.0) for one in SHOWN]
@@ -325,10 +326,17 @@ def test_counters_survive_a_restart(followed: Followed) -> None:
 
 
 def test_file_of_another_schema_version_is_rejected(followed: Followed, collector: OutcomeCollector) -> None:
-    collector._store._db.execute("PRAGMA user_version = 9")
+    collector._store._db.execute("PRAGMA user_version = 1")
     collector.close()
-    with pytest.raises(StorageError, match="schema version 9, expected 1"):
+    with pytest.raises(StorageError, match=r"schema version 1, expected 2.*counted again from the event log"):
         followed.collector()
+
+
+def test_schema_is_that_of_its_version() -> None:
+    """A file with other tables is rejected only if its version differs: with a new schema, raise the version."""
+    statements = "\n".join(" ".join(statement.split()) for statement in outcome_store._FORMAT.schema)
+    digest = hashlib.sha256(statements.encode()).hexdigest()[:16]
+    assert (outcome_store._FORMAT.version, digest) == (2, "3687653bc6d0b902")
 
 
 def test_one_core_counts_20000_impressions_per_second(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
