@@ -265,7 +265,6 @@ def test_unreadable_record_is_skipped(followed: Followed, collector: OutcomeColl
 
 
 def test_age_of_the_reading_is_exported(followed: Followed, collector: OutcomeCollector) -> None:
-    assert metric_names.LOG_AGE + "{" not in collector.metrics_text().decode(), "nothing was read yet"
     catch_up(collector)
     followed.now += 30
     text = collector.metrics_text().decode()
@@ -273,6 +272,23 @@ def test_age_of_the_reading_is_exported(followed: Followed, collector: OutcomeCo
         assert f'{metric_names.LOG_AGE}{{source="{topic}"}} 30.0' in text
     catch_up(collector)
     assert f'{metric_names.LOG_AGE}{{source="outcomes"}} 0.0' in collector.metrics_text().decode()
+
+
+def test_collector_that_never_read_exports_its_age(tmp_path: Path) -> None:
+    def open_topic(_: Topic) -> EventLog:
+        raise StorageError("no broker")
+
+    now = NOW
+    collector = OutcomeCollector(tmp_path / "sums.db", open_topic, clock=lambda: now)
+    for _ in range(3):
+        with pytest.raises(StorageError, match="no broker"):
+            collector.advance()
+    now += 121
+    text = collector.metrics_text().decode()
+    for topic in ("exposures", "outcomes"):
+        assert f'{metric_names.LOG_AGE}{{source="{topic}"}} 121.0' in text
+    assert f"{metric_names.COLLECTOR_FAULTS} 3.0" in text
+    collector.close()
 
 
 def test_metrics_have_the_names_and_labels_of_the_rollout(followed: Followed, collector: OutcomeCollector) -> None:
@@ -287,7 +303,7 @@ def test_metrics_have_the_names_and_labels_of_the_rollout(followed: Followed, co
     }
     assert {name for name, _ in samples} == {
         metric_names.EXPOSURE, metric_names.STATISTIC, metric_names.RECEIVED, metric_names.LOG_AGE,
-        metric_names.UNREADABLE, metric_names.LATE_SLATES,
+        metric_names.UNREADABLE, metric_names.LATE_SLATES, metric_names.COLLECTOR_FAULTS,
     }  # fmt: skip
     assert {label for _, labels in samples for label, _ in labels} <= ALLOWED_LABELS
     expected = recomputed(SHOWN, DONE)
