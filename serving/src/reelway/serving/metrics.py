@@ -238,7 +238,7 @@ class TakedownMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.age = age_gauge(
-            "reelway_takedowns_age_seconds", "Time since the takedowns were last read to the end of a poll.", [],
+            "reelway_takedowns_age_seconds", "Time since which takedowns may be unread.", [],
             registry,
         )  # fmt: skip
         self.faults = counter("reelway_takedowns_faults_total", "Reads of the takedowns that failed.", [], registry)
