@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
@@ -29,12 +30,12 @@ from tests.support.serving.raw_events import (
     slate_of,
 )
 
-from reelway.platform.contracts.events import OUTCOME_HORIZON_S, Arm, OutcomeType
+from reelway.platform.contracts.events import OUTCOME_HORIZON_S, STRING_DICTIONARY_TYPE, Arm, OutcomeType
 from reelway.platform.errors import StorageError
 from reelway.platform.eventlog import EventLog, LogRecord
 from reelway.platform.eventlog.arrow_records import encode_rows
-from reelway.platform.eventlog.exposure_events import EXPOSURE_EVENT_SCHEMA
-from reelway.platform.eventlog.outcome_events import OUTCOME_EVENT_SCHEMA
+from reelway.platform.eventlog.exposure_events import EXPOSURE_EVENT_SCHEMA, decode_exposures
+from reelway.platform.eventlog.outcome_events import OUTCOME_EVENT_SCHEMA, decode_outcomes
 from reelway.platform.eventlog.sqlite_log import SqliteLog
 from reelway.platform.eventlog.topics import Topic, open_topic
 from reelway.platform.rollout import metric_names
@@ -262,6 +263,52 @@ def test_unreadable_record_is_skipped(followed: Followed, collector: OutcomeColl
     catch_up(collector)
     assert received(collector) == {"counted": len(DONE)}
     assert f'{metric_names.UNREADABLE}{{source="outcomes"}} 1.0' in collector.metrics_text().decode()
+
+
+def null_name(table: pa.Table, column: str) -> pa.Table:
+    """The column as a dictionary whose names include a null, which is not a null of the column."""
+    indices = pa.array(np.zeros(table.num_rows, np.int32)).cast(STRING_DICTIONARY_TYPE.index_type)
+    names = pa.array([None], pa.string())
+    return with_column(table, column, pa.DictionaryArray.from_arrays(indices, names))
+
+
+def with_column(table: pa.Table, column: str, values: pa.Array) -> pa.Table:
+    return table.set_column(table.schema.get_field_index(column), table.schema.field(column), values)
+
+
+@pytest.mark.parametrize(
+    ("topic", "column", "value"),
+    [
+        ("exposures", "viewer_id", -1), ("exposures", "viewer_id", 1 << 60), ("exposures", "weight", np.nan),
+        ("exposures", "weight", 1.5), ("exposures", "rollout", None), ("exposures", "release", None),
+        ("outcomes", "viewer_id", -1), ("outcomes", "viewer_id", 1 << 60), ("outcomes", "weight", np.nan),
+        ("outcomes", "weight", -0.5), ("outcomes", "value", np.nan), ("outcomes", "value", np.inf),
+        ("outcomes", "release", None), ("outcomes", "type", None),
+    ],
+)  # fmt: skip
+def test_record_with_a_wrong_value_is_skipped(
+    followed: Followed, collector: OutcomeCollector, topic: str, column: str, value: float | None
+) -> None:
+    """Such a record of another writer must neither stop the sums nor spoil them."""
+    strangers = [ShownImpression(100 + i, 50, Arm.CANARY, 0.5, 1) for i in range(2)]
+    of_exposures = topic == "exposures"
+    record = (
+        exposure_record(strangers) if of_exposures else outcome_record([RawOutcome(strangers[0], OutcomeType.LIKE)])
+    )
+    table = (decode_exposures if of_exposures else decode_outcomes)(record.payload)
+    if value is None:
+        wrong = null_name(table, column)
+    else:
+        values = table[column].to_numpy().copy()
+        values[-1] = value
+        wrong = with_column(table, column, pa.array(values, table.schema.field(column).type))
+    payload = encode_rows(wrong.combine_chunks().to_batches()[0])
+    followed.append(Topic(topic), record._replace(payload=payload, id="wrong"))
+    followed.expose(SHOWN)
+    followed.report(DONE)
+    catch_up(collector)
+    assert_same(collector.statistics("r-1"), recomputed(SHOWN, DONE))
+    assert f'{metric_names.UNREADABLE}{{source="{topic}"}} 1.0' in collector.metrics_text().decode()
 
 
 def test_age_of_the_reading_is_exported(followed: Followed, collector: OutcomeCollector) -> None:
