@@ -26,6 +26,10 @@ log_to_replica_file()
 log_to_replica_file()
 logging.getLogger("reelway.serving.router").error("routing not applied")
 logging.getLogger("reelway.serving.router").info("routing applied")
+try:
+    raise ValueError("no such routing")
+except ValueError:
+    logging.getLogger("reelway.serving.router").exception("failed")
 """
 
 
@@ -34,8 +38,10 @@ def test_replica_logs_each_line_once_to_its_error_file(tmp_path: Path) -> None:
         [sys.executable, "-c", REPLICA, str(tmp_path)],
         env={**os.environ, **SERVE_SETTINGS}, capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
-    lines = [line for line in replica.stderr.splitlines() if "routing" in line]
+    lines = [line for line in replica.stderr.splitlines() if "routing" in line and "raise" not in line]
     assert [re.sub(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ", "", line) for line in lines] == [
         "ERROR reelway.serving.router: routing not applied",
         "INFO reelway.serving.router: routing applied",
+        "ValueError: no such routing",
     ]
+    assert "\nTraceback (most recent call last):\n" in replica.stderr

@@ -8,9 +8,20 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
+from types import TracebackType
 from typing import Final
 
 _NAME: Final = "replica"
+
+
+class _ReplicaFormatter(logging.Formatter):
+    """A formatter that does not use ``print``, which Ray Serve replaces: it would write tracebacks as tuples."""
+
+    def formatException(  # noqa: N802
+        self, ei: tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
+    ) -> str:
+        return "".join(traceback.format_exception(ei[1])).rstrip("\n")
 
 
 def log_to_replica_file(level: int = logging.INFO) -> None:
@@ -20,6 +31,6 @@ def log_to_replica_file(level: int = logging.INFO) -> None:
         return
     handler = logging.StreamHandler(sys.__stderr__)
     handler.set_name(_NAME)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(_ReplicaFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger.addHandler(handler)
     logger.setLevel(level)
