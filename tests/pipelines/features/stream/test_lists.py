@@ -220,9 +220,13 @@ def test_restored_state_gives_equal_lists(tmp_path: Path) -> None:
 
 
 def test_damaged_state_is_reported(tmp_path: Path) -> None:
-    (tmp_path / "lists.npz").write_bytes(b"PK not a state")
-    with pytest.raises(MalformedFileError, match="list task"):
-        ListWindows().restore(tmp_path / "lists.npz")
+    path = tmp_path / "lists.npz"
+    ListWindows().save(path, {})
+    whole = path.read_bytes()
+    for content in (b"PK not a state", b"", whole[: len(whole) // 2], whole[:60] + bytes(200) + whole[260:]):
+        path.write_bytes(content)
+        with pytest.raises(MalformedFileError, match=r"lists\.npz.*list task; delete the file"):
+            ListWindows().restore(path)
     assert ListWindows().restore(tmp_path / "none.npz") == {}
 
 

@@ -25,8 +25,10 @@ every impression of the last day. An outcome of a viewer whose exposure is not k
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 from typing import Any, Final
+from zipfile import BadZipFile
 
 import numpy as np
 import pyarrow as pa
@@ -222,12 +224,12 @@ class ListWindows:
         if not path.exists():
             return {}
         try:
-            with np.load(path, allow_pickle=False) as stored:
+            with path.open("rb") as handle, np.load(handle, allow_pickle=False) as stored:
                 names, offsets = json.loads(stored["about"].tobytes())
                 for part, values in self._parts().items():
                     prefix = f"{part}."
                     values.restore({n.removeprefix(prefix): stored[n] for n in stored.files if n.startswith(prefix)})
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error) as error:
             raise MalformedFileError(path, "the state of the list task; delete the file", seen=repr(error)) from error
         self._names = names
         self._codes = {name: code for code, name in enumerate(names)}
