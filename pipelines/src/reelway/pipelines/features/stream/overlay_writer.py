@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 IDLE_DELAY_S: Final = 0.1
 """Delay between two steps when the topics had nothing new."""
-REQUESTS_INTERVAL_S: Final = 1.0
+REQUESTS_INTERVAL_S: Final = 5.0
 """How often the requested releases are listed."""
 RETRY_DELAY_S: Final = 5.0
 """Delay until a release that failed is opened again."""
@@ -112,6 +112,7 @@ class OverlayWriter:
         )
         self._uploads = VersionGuard(catalogue, decode_upserts)
         self._guards = (self._uploads, VersionGuard(takedowns, decode_status_changes))
+        self._served: set[str] = set()  # releases to write, by the last listing
         self._overlays: dict[str, ReleaseOverlay] = {}
         self._retry_at: dict[str, float] = {}
         self._next_listing = float("-inf")
@@ -159,17 +160,15 @@ class OverlayWriter:
     def _open_and_close(self) -> None:
         """Opens the releases that are requested and closes those that are not any more."""
         now = self._clock()
-        if now < self._next_listing:
-            return
-        self._next_listing = now + REQUESTS_INTERVAL_S
-        try:
-            served = set(self._requests.served(now))
-        except StorageError as error:
-            self._fail("overlay", error)
-            return
-        for release in set(self._overlays) - served:
+        if now >= self._next_listing:
+            self._next_listing = now + REQUESTS_INTERVAL_S
+            try:
+                self._served = set(self._requests.served(now))
+            except StorageError as error:
+                self._fail("overlay", error)
+        for release in set(self._overlays) - self._served:
             self._overlays.pop(release).close()
-        for release in served - set(self._overlays):
+        for release in self._served - set(self._overlays):
             if now >= self._retry_at.get(release, now):
                 self._open(release)
 
