@@ -141,9 +141,8 @@ class OverlayRequests:
             entries = self._files.ls(self._root, detail=False, refresh=True) if self._files.exists(self._root) else []
             names = {entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries}
             releases = {name for name in names if not name.startswith(".") and not name.endswith(".arrow")}
-            requested = {
-                release: self._requested_at_s(release) for release in releases if now_s >= self._next_s.get(release, now_s)
-            }
+            due = [release for release in releases if now_s >= self._next_s.get(release, now_s)]
+            requested = {release: self._requested_at_s(release) for release in due}
         except OSError as error:
             raise StorageError(f"overlay {self._location}: cannot list it: {error}") from error
         old = [release for release, at_s in requested.items() if OLD_REQUEST_S < now_s - at_s < float("inf")]
