@@ -28,6 +28,7 @@ from reelway.platform.eventlog import EventLog, StoredRecord
 from reelway.platform.eventlog.arrow_records import viewer_partitions
 from reelway.platform.eventlog.exposure_events import decode_exposures
 from reelway.platform.eventlog.outcome_events import OUTCOME_TYPES, decode_outcomes
+from reelway.platform.eventlog.retained_records import batches_until
 from reelway.platform.eventlog.topics import Topic
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,6 @@ log = logging.getLogger(__name__)
 PARTS: Final = 16
 EXPOSED: Final = -1
 """Kind of an exposure; outcomes have the index of their type."""
-READ_RECORDS: Final = 500
 WRITE_ROWS: Final = 200_000
 MAX_FILES: Final = 24
 """Files of a part after which they are joined."""
@@ -78,15 +78,15 @@ class EventCopy:
 
         Args:
             number: of the next file.
+
+        Raises:
+            StorageError: also if the log's end cannot be reached; what precedes may be in the copy.
         """
-        at, ends = dict(offsets), events.end_offsets()
+        at = dict(offsets)
         waiting: list[pa.Table] = []
         rows = 0
-        while any(at.get(partition, 0) < end for partition, end in ends.items()):
-            batch = events.read(at, limit=READ_RECORDS)
-            if not batch.records and batch.next_offsets == at:
-                break
-            at = dict(batch.next_offsets)
+        for batch in batches_until(events, offsets, events.end_offsets()):
+            at |= batch.next_offsets
             waiting += [table for record in batch.records if (table := self._decoded(record, events.name)).num_rows]
             rows = sum(table.num_rows for table in waiting)
             if rows >= WRITE_ROWS:

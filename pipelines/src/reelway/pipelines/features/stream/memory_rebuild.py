@@ -9,8 +9,6 @@ written twice counts once, so a rebuild may run at any time, twice, or be killed
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -21,18 +19,16 @@ import pyarrow.compute as pc
 from reelway.pipelines.features.labels import times_us
 from reelway.platform.contracts.blend import MAX_SHOWN_HOURS, MAX_SHOWN_VIDEOS, MAX_WATCHED_DAYS
 from reelway.platform.contracts.events import OutcomeType
-from reelway.platform.errors import DataError, StorageError
+from reelway.platform.errors import DataError
 from reelway.platform.eventlog.event_log import EventLog, StoredRecord
 from reelway.platform.eventlog.exposure_events import decode_exposures
 from reelway.platform.eventlog.outcome_events import decode_outcomes
+from reelway.platform.eventlog.retained_records import records_of_partition
 from reelway.platform.features.viewer_memory import ViewerMemory
 from reelway.platform.features.watched_filter import GENERATION_DAYS
 
 log = logging.getLogger(__name__)
 
-_READ: Final = 500
-_WAIT_S: Final = 1.0
-_MOST_EMPTY_READS: Final = 30
 _CHOICES: Final = (
     (OutcomeType.BLOCK_CREATOR, "creator_id"),
     (OutcomeType.BLOCK_TOPIC, "topic"),
@@ -81,9 +77,10 @@ def rebuild_viewer_memory(
 def _restore_exposures(memory: ViewerMemory, exposures: EventLog, now_s: float) -> tuple[int, int]:
     restored = unreadable = 0
     oldest_us = int((now_s - MAX_SHOWN_HOURS * 3600.0) * 1e6)
-    for partition, end in sorted(exposures.end_offsets().items()):
+    ends = exposures.end_offsets()
+    for partition in sorted(ends):
         parts = []
-        for record in _records(exposures, partition, end):
+        for record in records_of_partition(exposures, partition, None, ends):
             table = _decoded(record, exposures.name, is_outcome=False)
             if table is None:
                 unreadable += 1
@@ -116,8 +113,9 @@ def _restore_viewers(memory: ViewerMemory, viewer_video_N2: np.ndarray, shown_us
 def _restore_outcomes(memory: ViewerMemory, outcomes: EventLog, now_s: float) -> tuple[int, int, int]:
     watched = choices = unreadable = 0
     oldest_us = int((now_s - (MAX_WATCHED_DAYS + GENERATION_DAYS) * 86_400.0) * 1e6)
-    for partition, end in sorted(outcomes.end_offsets().items()):
-        for record in _records(outcomes, partition, end):
+    ends = outcomes.end_offsets()
+    for partition in sorted(ends):
+        for record in records_of_partition(outcomes, partition, None, ends):
             table = _decoded(record, outcomes.name, is_outcome=True)
             if table is None:
                 unreadable += 1
@@ -156,25 +154,6 @@ def _restore_choices(memory: ViewerMemory, table: pa.Table, types: pa.ChunkedArr
                 memory.block(viewer_id, **{"creators" if column == "creator_id" else "topics": [id_]})
             choices += 1
     return choices
-
-
-def _records(topic: EventLog, partition: int, end: int) -> Iterator[StoredRecord]:
-    """Yields the records of one partition before ``end``. The other partitions are read from their ends on."""
-    position = {other: offset for other, offset in topic.end_offsets().items() if other != partition}
-    started_us = int(time.time() * 1e6)
-    empty_reads = 0
-    while position.get(partition, -1) < end:
-        batch = topic.read(position, limit=_READ, wait_s=_WAIT_S)
-        yield from (record for record in batch.records if record.partition == partition and record.offset < end)
-        if not batch.records and batch.watermark_us >= started_us:
-            return  # retention has deleted the records before ``end``
-        empty_reads = 0 if batch.records else empty_reads + 1
-        if empty_reads > _MOST_EMPTY_READS:
-            raise StorageError(
-                f"{topic.name}: partition {partition} ends at offset {end}, but nothing can be read after offset "
-                f"{position.get(partition)}; check the event log"
-            )
-        position = {**position, **batch.next_offsets}
 
 
 def _decoded(record: StoredRecord, name: str, *, is_outcome: bool) -> pa.Table | None:
