@@ -171,3 +171,10 @@ def test_unreadable_record_is_counted(store: Store) -> None:
 def test_empty_log_completes_the_memory(store: Store) -> None:
     assert store.rebuild() == RebuiltMemory()
     assert store.memory.is_complete()
+
+
+def test_exposures_long_before_the_limit_are_not_read(store: Store) -> None:
+    CLOCK.now_us = int((NOW_S - (MAX_SHOWN_HOURS + 2) * HOUR_S) * 1e6)
+    store.exposures.append([LogRecord("unreadable", 0, b"not a batch")])
+    expose(store.exposures, 1, [10], NOW_S)
+    assert store.rebuild() == RebuiltMemory(shown=1, unreadable=0)

@@ -29,6 +29,8 @@ from reelway.platform.features.watched_filter import GENERATION_DAYS
 
 log = logging.getLogger(__name__)
 
+_APPEND_MARGIN_US: Final = 3_600_000_000
+"""How long before a video is shown its record may be in the log, by clocks that differ."""
 _CHOICES: Final = (
     (OutcomeType.BLOCK_CREATOR, "creator_id"),
     (OutcomeType.BLOCK_TOPIC, "topic"),
@@ -77,10 +79,10 @@ def rebuild_viewer_memory(
 def _restore_exposures(memory: ViewerMemory, exposures: EventLog, now_s: float) -> tuple[int, int]:
     restored = unreadable = 0
     oldest_us = int((now_s - MAX_SHOWN_HOURS * 3600.0) * 1e6)
-    ends = exposures.end_offsets()
+    ends, firsts = exposures.end_offsets(), exposures.offsets_at(oldest_us - _APPEND_MARGIN_US)
     for partition in sorted(ends):
         parts = []
-        for record in records_of_partition(exposures, partition, None, ends):
+        for record in records_of_partition(exposures, partition, firsts[partition], ends):
             table = _decoded(record, exposures.name, is_outcome=False)
             if table is None:
                 unreadable += 1
