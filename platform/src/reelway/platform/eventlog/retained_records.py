@@ -15,11 +15,12 @@ from reelway.platform.eventlog.event_log import EventLog, Offsets, ReadBatch, St
 
 READ_RECORDS: Final = 500
 WAIT_S: Final = 1.0
+"""How long a read waits after one that returned nothing."""
 MOST_EMPTY_READS: Final = 30
 
 
 def batches_until(
-    topic_log: EventLog, position: Offsets, ends: Offsets, *, limit: int = READ_RECORDS, wait_s: float = WAIT_S
+    topic_log: EventLog, position: Offsets, ends: Offsets, *, limit: int = READ_RECORDS
 ) -> Iterator[ReadBatch]:
     """Yields what is read from ``position`` on until all partitions have reached ``ends``.
 
@@ -32,7 +33,7 @@ def batches_until(
     started_us = time.time_ns() // 1000
     empty_reads = 0
     while unread := [partition for partition, end in ends.items() if at.get(partition, 0) < end]:
-        batch = topic_log.read(at, limit=limit, wait_s=wait_s)
+        batch = topic_log.read(at, limit=limit, wait_s=WAIT_S if empty_reads else 0.0)
         at |= batch.next_offsets
         yield batch
         if not batch.records and batch.watermark_us >= started_us:
