@@ -9,6 +9,7 @@ written twice counts once, so a rebuild may run at any time, twice, or be killed
 from __future__ import annotations
 
 import logging
+import threading
 from dataclasses import dataclass
 from typing import Final
 
@@ -49,7 +50,7 @@ class RebuiltMemory:
 
 
 def rebuild_viewer_memory(
-    memory: ViewerMemory, exposures: EventLog, outcomes: EventLog, now_s: float
+    memory: ViewerMemory, exposures: EventLog, outcomes: EventLog, now_s: float, stop: threading.Event
 ) -> RebuiltMemory | None:
     """Reads the log up to its present end into the memory, unless the memory has its marker. Sets the marker.
 
@@ -59,30 +60,37 @@ def rebuild_viewer_memory(
         exposures: the topic ``exposures``.
         outcomes: the topic ``outcomes``.
         now_s: Unix seconds; older exposures than ``MAX_SHOWN_HOURS`` before are not read into the memory.
+        stop: ends the rebuild early, without the marker.
 
     Returns:
-        What was written; ``None`` if the memory was complete.
+        What was written; ``None`` if the memory was complete, or the rebuild was stopped.
 
     Raises:
         StorageError: if the log cannot be read or the memory cannot be written. The marker is not set then.
     """
     if memory.is_complete():
         return None
-    shown, unreadable = _restore_exposures(memory, exposures, now_s)
-    watched, choices, unreadable_outcomes = _restore_outcomes(memory, outcomes, now_s)
+    shown, unreadable = _restore_exposures(memory, exposures, now_s, stop)
+    watched, choices, unreadable_outcomes = _restore_outcomes(memory, outcomes, now_s, stop)
+    if stop.is_set():
+        return None
     memory.mark_complete()
     rebuilt = RebuiltMemory(shown, watched, choices, unreadable + unreadable_outcomes)
     log.info("viewer memory rebuilt from the event log: %s", rebuilt)
     return rebuilt
 
 
-def _restore_exposures(memory: ViewerMemory, exposures: EventLog, now_s: float) -> tuple[int, int]:
+def _restore_exposures(
+    memory: ViewerMemory, exposures: EventLog, now_s: float, stop: threading.Event
+) -> tuple[int, int]:
     restored = unreadable = 0
     oldest_us = int((now_s - MAX_SHOWN_HOURS * 3600.0) * 1e6)
     ends, firsts = exposures.end_offsets(), exposures.offsets_at(oldest_us - _APPEND_MARGIN_US)
     for partition in sorted(ends):
         parts = []
         for record in records_of_partition(exposures, partition, firsts[partition], ends):
+            if stop.is_set():
+                return restored, unreadable
             table = _decoded(record, exposures.name, is_outcome=False)
             if table is None:
                 unreadable += 1
@@ -93,18 +101,22 @@ def _restore_exposures(memory: ViewerMemory, exposures: EventLog, now_s: float) 
             parts.append((viewer_video_N2[recent], shown_us[recent]))
         if parts:
             restored += _restore_viewers(
-                memory, np.concatenate([part for part, _ in parts]), np.concatenate([part for _, part in parts])
+                memory, np.concatenate([part for part, _ in parts]), np.concatenate([part for _, part in parts]), stop
             )
     return restored, unreadable
 
 
-def _restore_viewers(memory: ViewerMemory, viewer_video_N2: np.ndarray, shown_us: np.ndarray) -> int:
+def _restore_viewers(
+    memory: ViewerMemory, viewer_video_N2: np.ndarray, shown_us: np.ndarray, stop: threading.Event
+) -> int:
     """Restores the newest videos of each viewer; a slate that is in the log twice counts once."""
     restored = 0
     order = np.lexsort((shown_us, viewer_video_N2[:, 0]))
     rows, times_N = viewer_video_N2[order], shown_us[order]
     bounds = np.flatnonzero(np.diff(rows[:, 0], prepend=-1, append=-1))
     for first, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        if stop.is_set():
+            return restored
         _, distinct = np.unique(np.stack([rows[first:end, 1], times_N[first:end]], axis=1), axis=0, return_index=True)
         kept = first + np.sort(distinct)[-MAX_SHOWN_VIDEOS:]
         memory.restore_shown(int(rows[first, 0]), rows[kept, 1], times_N[kept] / 1e6)
@@ -112,12 +124,16 @@ def _restore_viewers(memory: ViewerMemory, viewer_video_N2: np.ndarray, shown_us
     return restored
 
 
-def _restore_outcomes(memory: ViewerMemory, outcomes: EventLog, now_s: float) -> tuple[int, int, int]:
+def _restore_outcomes(
+    memory: ViewerMemory, outcomes: EventLog, now_s: float, stop: threading.Event
+) -> tuple[int, int, int]:
     watched = choices = unreadable = 0
     oldest_us = int((now_s - (MAX_WATCHED_DAYS + GENERATION_DAYS) * 86_400.0) * 1e6)
     ends = outcomes.end_offsets()
     for partition in sorted(ends):
         for record in records_of_partition(outcomes, partition, None, ends):
+            if stop.is_set():
+                return watched, choices, unreadable
             table = _decoded(record, outcomes.name, is_outcome=True)
             if table is None:
                 unreadable += 1

@@ -31,6 +31,12 @@ class StreamMetrics:
         self._rows = counter("reelway_stream_rows_total", "Rows written.", ["view"], registry)
         self._faults = counter("reelway_stream_faults_total", "Micro-batches that failed.", [], registry)
         self._freshness = gauge("reelway_stream_freshness_seconds", "Age of a view's rows.", ["view"], registry)
+        self._viewer_memory = gauge(
+            "reelway_stream_viewer_memory_complete", "1 if the viewers' memory is complete.", [], registry
+        )
+        self._viewer_memory_faults = counter(
+            "reelway_stream_viewer_memory_faults_total", "Failed checks of the viewers' memory.", [], registry
+        )
         for events in self._events.values():
             for result in APPLY_RESULTS:
                 events.labels(result)
@@ -59,6 +65,12 @@ class StreamMetrics:
     def count_rows(self, rows: Mapping[str, int]) -> None:
         for view, count in rows.items():
             self._rows.labels(view).inc(count)
+
+    def record_viewer_memory(self, is_complete: bool) -> None:
+        self._viewer_memory.set(float(is_complete))
+
+    def count_viewer_memory_fault(self) -> None:
+        self._viewer_memory_faults.inc()
 
     def count_fault(self) -> None:
         self._faults.inc()

@@ -72,7 +72,7 @@ def run_member(run: RunDirectory, options: StreamOptions, stop: threading.Event)
         stream = QuixStream(settings, rules, began_us, lambda: load_dataset(run), video_facts(run), metrics, parked)
         features = open_feature_store(run.features)
         sinks = FeatureSinks(features, FeatureChangelog(options.overlay or run.overlay))
-        stack.enter_context(viewer_memory_kept_complete(features, options.events))
+        stack.enter_context(viewer_memory_kept_complete(features, options.events, metrics))
         schemas, sources = row_schemas(views), settings.partitions * len(VIDEO_VIEWS)
         client = {"bootstrap.servers": settings.servers, **settings.client}
         threads = [

@@ -65,7 +65,7 @@ def run_stream(
     registry = CollectorRegistry()
     metrics = StreamMetrics(registry)
     grids_us = {view: schedule.grid_us for view, schedule in emission_schedules(view_settings(run)).items()}
-    with metrics_server(options.metrics_port, registry), open_stream(run, options) as stream:
+    with metrics_server(options.metrics_port, registry), open_stream(run, options, metrics) as stream:
         while not stop.is_set():
             try:
                 done = stream.run_micro_batch()
@@ -90,12 +90,12 @@ def record_batch(metrics: StreamMetrics, done: MicroBatchResult, now_us: float, 
 
 
 @contextmanager
-def open_stream(run: RunDirectory, options: StreamOptions) -> Iterator[LocalStream]:
+def open_stream(run: RunDirectory, options: StreamOptions, metrics: StreamMetrics) -> Iterator[LocalStream]:
     """Opens and starts the run's stream."""
     features = open_feature_store(run.features)
     sinks = FeatureSinks(features, FeatureChangelog(options.overlay or run.overlay))
     with ExitStack() as stack:
-        stack.enter_context(viewer_memory_kept_complete(features, options.events or run.events))
+        stack.enter_context(viewer_memory_kept_complete(features, options.events or run.events, metrics))
         logs = {
             topic: stack.enter_context(closing(open_topic(options.events or run.events, topic))) for topic in TOPICS
         }
