@@ -76,8 +76,8 @@ class EventCopy:
         A copied record's time is not before those of the records before it in its partition, as in the stream: a broker
         that takes over a partition may have a slower clock.
 
-        Yields the next offsets, newest times and number each time that everything before them is in the copy; the caller records
-        them before it continues.
+        Yields the next offsets, newest times and number each time that everything before them is in the copy; the
+        caller records them before it continues.
 
         Args:
             newest_us: newest append time of each partition before ``offsets``.

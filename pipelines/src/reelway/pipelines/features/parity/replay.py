@@ -161,8 +161,8 @@ class _Recomputation:
 
     def _copy_topic(self, progress: ReplayProgress, topic: Topic, copy: EventCopy, events: EventLog) -> None:
         offsets, newest_us = progress.offsets.get(topic, {}), progress.newest_us.get(topic, {})
-        for offsets, newest_us, number in copy.copy_new(events, offsets, newest_us, progress.next_file):
-            progress.offsets[topic], progress.newest_us[topic], progress.next_file = offsets, newest_us, number
+        for step in copy.copy_new(events, offsets, newest_us, progress.next_file):
+            progress.offsets[topic], progress.newest_us[topic], progress.next_file = step
             progress.write(self._files)
         copy.join_files(progress.next_file)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -66,9 +65,12 @@ def run_stream(
     metrics = StreamMetrics(registry)
     grids_us = {view: schedule.grid_us for view, schedule in emission_schedules(view_settings(run)).items()}
     with metrics_server(options.metrics_port, registry), open_stream(run, options, metrics) as stream:
+        metrics.measure_ages(stream.behind_us, grids_us)
+        metrics.record_progress(stream.settled_us)
         while not stop.is_set():
             try:
                 done = stream.run_micro_batch()
+                record_batch(metrics, done)
                 metrics.record_lag(stream.lag_records())
             except (FeatureError, MalformedFileError, StorageError) as error:
                 metrics.count_fault()
@@ -76,14 +78,13 @@ def run_stream(
                 stop.wait(RETRY_DELAY_S)
                 stream.resume()
                 continue
-            record_batch(metrics, done, time.time_ns() / 1000 - stream.behind_us, grids_us)
             if on_batch:
                 on_batch(done)
 
 
-def record_batch(metrics: StreamMetrics, done: MicroBatchResult, now_us: float, grids_us: dict[str, int]) -> None:
+def record_batch(metrics: StreamMetrics, done: MicroBatchResult) -> None:
     """Exports what a micro-batch did."""
-    metrics.record_progress(now_us, done.watermark_us, grids_us)
+    metrics.record_progress(done.watermark_us)
     metrics.count_events(done.results)
     metrics.count_parked(done.parked)
     metrics.count_rows(done.rows)
