@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 from prometheus_client import CollectorRegistry, start_http_server
 
@@ -62,7 +63,7 @@ class StreamMetrics:
         self._behind_us = behind_us
         self._lag.set_function(lambda: self._age_s(1))
         for view, grid_us in grids_us.items():
-            self._freshness.labels(view).set_function(lambda grid_us=grid_us: self._age_s(grid_us))
+            self._freshness.labels(view).set_function(partial(self._age_s, grid_us))
 
     def record_progress(self, settled_us: int, partition: int = 0) -> None:
         """Records a partition's watermark. The ages are those of the partition that is furthest behind."""
