@@ -121,6 +121,7 @@ def healthy_live_parts() -> Series:
         **{name: grows(0) for name in counters},
         'reelway_stream_lag_records{topic="outcomes", partition="0"}': level(400),
         'reelway_stream_lag_records{topic="outcomes", partition="1"}': level(900),
+        "reelway_stream_viewer_memory_complete": level(1),
         **{f'up{{job="reelway-{part}", instance="a"}}': level(1) for part in ("stream", "overlay", "catalogue")},
     }
 
@@ -159,6 +160,7 @@ FAULTS: Final[list[tuple[str, Mapping[str, list[float]], int]]] = [
     ("ReelwayStreamRecordsParked", {'reelway_stream_parked_records_total{kind="unreadable"}': grows(0, 1)}, 6),
     ("ReelwayViewerMemoryFails", {'reelway_ingress_memory_faults_total{kind="read"}': grows(0, 20)}, 8),
     ("ReelwayViewerMemoryLost", {"reelway_ingress_memory_lost_total": grows(0, 1)}, 6),
+    ("ReelwayViewerMemoryIncomplete", {"reelway_stream_viewer_memory_complete": level(1, 0)}, 14),
     ("ReelwayBlocksNotRemembered", {"reelway_outcomes_memory_failures_total": grows(0, 1)}, 6),
     ("ReelwayCatalogueFails", {"reelway_catalogue_faults_total": grows(0, 5)}, 6),
     ("ReelwayLivePartDown", {'up{job="reelway-overlay", instance="a"}': level(1, 0)}, 6),
