@@ -114,7 +114,8 @@ def healthy_live_parts() -> Series:
         'reelway_uploads_refused_total{release="aaaa", kind="unreadable"}', "reelway_stream_faults_total",
         'reelway_stream_parked_records_total{kind="unreadable"}', 'reelway_ingress_memory_faults_total{kind="read"}',
         "reelway_ingress_memory_lost_total", "reelway_outcomes_memory_failures_total",
-        "reelway_catalogue_faults_total", "reelway_uploads_faults_total", "reelway_uploads_unrepaired_total",
+        "reelway_outcomes_memory_lost_total", "reelway_catalogue_faults_total", "reelway_uploads_faults_total",
+        "reelway_uploads_unrepaired_total",
     )  # fmt: skip
     return {
         **{name: level(2) for name in ages},
@@ -162,6 +163,7 @@ FAULTS: Final[list[tuple[str, Mapping[str, list[float]], int]]] = [
     ("ReelwayViewerMemoryLost", {"reelway_ingress_memory_lost_total": grows(0, 1)}, 6),
     ("ReelwayViewerMemoryIncomplete", {"reelway_stream_viewer_memory_complete": level(1, 0)}, 14),
     ("ReelwayBlocksNotRemembered", {"reelway_outcomes_memory_failures_total": grows(0, 1)}, 6),
+    ("ReelwayBlocksLost", {"reelway_outcomes_memory_lost_total": grows(0, 1)}, 6),
     ("ReelwayCatalogueFails", {"reelway_catalogue_faults_total": grows(0, 5)}, 6),
     ("ReelwayLivePartDown", {'up{job="reelway-overlay", instance="a"}': level(1, 0)}, 6),
     ("ReelwayOperatorSilent", {"reelway_rollout_last_tick_timestamp_seconds": grows(60, 0)}, 10),

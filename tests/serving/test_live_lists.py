@@ -161,6 +161,32 @@ def test_follower_ends_when_its_release_is_closed(folder: Path, tmp_path: Path) 
     assert not thread.is_alive()
 
 
+def test_follower_goes_on_after_an_unexpected_error(
+    lists: CurrentLists, table: VideoTable, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: LiveListsFile) -> LiveListsSnapshot:
+        raise ValueError("not JSON")
+
+    def metric(name: str) -> float:
+        return live_lists._REGISTRY.get_sample_value(f"reelway_retrieval_lists_{name}", {"release": "ef" * 6}) or 0.0
+
+    write(tmp_path, table, NOW_S, popular=[5], trending=[1])
+    monkeypatch.setattr(LiveListsFile, "read", broken)
+    thread = start_list_follower(lists, table, str(tmp_path), "ef" * 32, every_s=0.01)
+    clock.now_s += 30
+    deadline = time.monotonic() + 20
+    while metric("faults_total") < 3 or metric("age_seconds") != 30:
+        assert time.monotonic() < deadline
+        assert thread.is_alive()
+        time.sleep(0.01)
+    monkeypatch.undo()
+    while lists.current() is lists.of_release:
+        assert time.monotonic() < deadline
+        assert thread.is_alive()
+        time.sleep(0.01)
+    assert lists.current().by_kind["trending"].of_all.tolist() == [1]
+
+
 def test_loader_with_an_overlay_serves_live_lists(folder: Path, table: VideoTable, tmp_path: Path) -> None:
     write(tmp_path / "overlay", table, time.time(), popular=[5], trending=[1])
     lists = ReleaseLoader(folder, overlay=str(tmp_path / "overlay")).lists()

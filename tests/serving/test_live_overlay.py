@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from prometheus_client import CollectorRegistry
 from tests.support.release_files import make_release_folder
 from tests.support.serving.feature_changes import change, rows_of
 
@@ -20,7 +22,8 @@ from reelway.platform.eventlog.feature_changelog import (
     FIELDS,
     FeatureChangelog,
 )
-from reelway.serving.live_overlay import FeatureOverlay, start_follower
+from reelway.serving.live_overlay import FeatureOverlay, OverlayFollower, start_follower
+from reelway.serving.metrics import OverlayMetrics
 from reelway.serving.video_table import VideoTable, open_video_table
 
 LIKES = VIDEO_LIVE_DENSE.index("video_like_rate_1h")
@@ -127,3 +130,28 @@ def test_follower_ends_with_its_table(table: VideoTable, tmp_path: Path) -> None
     gc.collect()
     thread.join(20)
     assert not thread.is_alive()
+
+
+def test_follower_goes_on_after_an_unexpected_error(
+    table: VideoTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = CollectorRegistry()
+    follower = OverlayFollower(table, str(tmp_path / "overlay"), "release", OverlayMetrics(registry, "release"))
+
+    def broken() -> int:
+        raise ValueError("the table is full")
+
+    def metric(name: str) -> float:
+        return registry.get_sample_value(f"reelway_overlay_{name}", {"release": "release"}) or 0.0
+
+    monkeypatch.setattr(follower._uploads, "poll", broken)
+    threading.Thread(target=follower.follow, args=(0.01,), daemon=True).start()
+    deadline = time.monotonic() + 20
+    while metric("faults_total") < 3 or metric("age_seconds") < 0.05:
+        assert time.monotonic() < deadline, "the follower has ended"
+        time.sleep(0.01)
+    monkeypatch.undo()
+    FeatureChangelog(tmp_path / "overlay").append(change(1, rows_of(ENGAGEMENT, {int(table.video_id[3]): 0.5})))
+    while table.live.version == 0:
+        assert time.monotonic() < deadline, "the follower has ended"
+        time.sleep(0.01)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -211,6 +212,15 @@ def test_killed_replicas_fail_no_request(service: Running) -> None:
             service.metric("reelway_ingress_degraded_total", rung=degradation)
             >= before[degradation] + fallbacks[degradation]
         )
+
+
+def test_router_logs_a_failed_stage_to_its_file(service: Running) -> None:
+    """The file is the error stream of the replica's process, named in the runbook."""
+    log = Path(f"/proc/{service.replica_of('Router').pid}/fd/2").resolve()
+    assert (log.parent.name, log.name.split("-")[0], log.suffix) == ("logs", "worker", ".err")
+    failed = [line for line in log.read_text().splitlines() if "stage failed, fallback used: stage=ranking" in line]
+    assert failed
+    assert all(re.match(r"\S+ \S+ WARNING reelway\.serving\.stage_runner: stage failed", line) for line in failed)
 
 
 def test_release_change_under_load_fails_no_request(

@@ -21,15 +21,16 @@ from reelway.platform.contracts.blend import Blend, RetrievalSettings
 from reelway.platform.contracts.events import Arm
 from reelway.platform.contracts.manifest import VIDEOS_FILE
 from reelway.platform.errors import StorageError
-from reelway.platform.eventlog.catalogue_events import Restore, TakedownState
+from reelway.platform.eventlog.catalogue_events import Restore, TakedownState, as_record
+from reelway.platform.eventlog.sqlite_log import SqliteLog
 from reelway.platform.rollout.traffic.serving_options import ReleaseArgs
 from reelway.platform.tokens import TokenSigner
 from reelway.serving.deployments.stages import RetrievalStage
-from reelway.serving.metrics import IngressMetrics
+from reelway.serving.metrics import IngressMetrics, TakedownMetrics
 from reelway.serving.release_loader import ReleaseLoader
 from reelway.serving.request_path import RequestPath, UnavailableStages, run_without_waiting
 from reelway.serving.slates import RolloutArm
-from reelway.serving.takedown_follower import TakedownFollower
+from reelway.serving.takedown_follower import READ_LIMIT, TakedownFollower
 from reelway.serving.video_table import ABSENT, open_video_table
 from reelway.serving.viewer_query import cold_start_query
 
@@ -185,6 +186,50 @@ def test_unreadable_log_keeps_the_last_state(folder: Path, events: Path) -> None
     assert (registry.get_sample_value("reelway_takedowns_age_seconds") or 0) > 0.2
     assert table.servable_rows(np.array([2])).tolist() == [ABSENT]
     following.stop()
+
+
+def test_age_grows_while_records_are_left_unread(tmp_path: Path) -> None:
+    now = [NOW_S]
+    log = SqliteLog(tmp_path / "takedowns.db", clock=lambda: now[0])
+    registry = CollectorRegistry()
+    following = TakedownFollower(lambda: log, TakedownMetrics(registry), clock=lambda: now[0])
+    changes = takedown(videos=range(READ_LIMIT + 1))
+    for part in (changes[:READ_LIMIT], changes[READ_LIMIT:]):
+        now[0] += 10
+        log.append([as_record(change, 1) for change in part])
+    now[0] += 100
+    ages = []
+    for _ in range(2):
+        following.poll()
+        ages.append(registry.get_sample_value("reelway_takedowns_age_seconds"))
+    assert ages == [110, 0]
+
+
+def test_table_that_failed_is_corrected_by_the_next_read(
+    folder: Path, events: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    following = follower(events).start()
+    tables = [open_video_table(folder / VIDEOS_FILE) for _ in range(3)]
+    for table in tables:
+        following.hide_in(table)
+    following.stop()
+    videos = tables[0].video_id.base
+    publish(events, *takedown(videos=videos[:2]))
+    following.poll()
+
+    def full(*_: object) -> None:
+        raise ValueError("no memory")
+
+    monkeypatch.setattr(tables[1], "_refresh_servable", full)
+    publish(events, *takedown(videos=videos[2:3]), Restore(video_id=int(videos[0]), version=2))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no memory"):
+            following.poll()
+    rows, expected = np.arange(4), [0, ABSENT, ABSENT, 3]
+    assert [table.servable_rows(rows).tolist() for table in (tables[0], tables[2])] == [expected] * 2
+    monkeypatch.undo()
+    following.poll()
+    assert tables[1].servable_rows(rows).tolist() == expected
 
 
 @given(

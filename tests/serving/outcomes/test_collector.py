@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -9,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from fastapi.testclient import TestClient
@@ -29,17 +31,23 @@ from tests.support.serving.raw_events import (
     slate_of,
 )
 
-from reelway.platform.contracts.events import OUTCOME_HORIZON_S, Arm, OutcomeType
+from reelway.platform.contracts.events import OUTCOME_HORIZON_S, STRING_DICTIONARY_TYPE, Arm, OutcomeType
 from reelway.platform.errors import StorageError
 from reelway.platform.eventlog import EventLog, LogRecord
 from reelway.platform.eventlog.arrow_records import encode_rows
-from reelway.platform.eventlog.exposure_events import EXPOSURE_EVENT_SCHEMA
-from reelway.platform.eventlog.outcome_events import OUTCOME_EVENT_SCHEMA
+from reelway.platform.eventlog.exposure_events import EXPOSURE_EVENT_SCHEMA, decode_exposures
+from reelway.platform.eventlog.outcome_events import OUTCOME_EVENT_SCHEMA, decode_outcomes
 from reelway.platform.eventlog.sqlite_log import SqliteLog
 from reelway.platform.eventlog.topics import Topic, open_topic
 from reelway.platform.rollout import metric_names
 from reelway.platform.telemetry import ALLOWED_LABELS
-from reelway.serving.outcomes import EventLogWriter, ExposureWriter, OutcomeCollector, build_outcomes_api
+from reelway.serving.outcomes import (
+    EventLogWriter,
+    ExposureWriter,
+    OutcomeCollector,
+    build_outcomes_api,
+    outcome_store,
+)
 
 SHOWN = [ShownImpression(i, i % 5, Arm.CANARY if i % 2 else Arm.STABLE, 0.5, i % 8) for i in range(40)]
 DONE = [RawOutcome(one, OutcomeType.WATCH, 20_000.0) for one in SHOWN]
@@ -264,8 +272,53 @@ def test_unreadable_record_is_skipped(followed: Followed, collector: OutcomeColl
     assert f'{metric_names.UNREADABLE}{{source="outcomes"}} 1.0' in collector.metrics_text().decode()
 
 
+def null_name(table: pa.Table, column: str) -> pa.Table:
+    """The column as a dictionary whose names include a null, which is not a null of the column."""
+    indices = pa.array(np.zeros(table.num_rows, np.int32)).cast(STRING_DICTIONARY_TYPE.index_type)
+    names = pa.array([None], pa.string())
+    return with_column(table, column, pa.DictionaryArray.from_arrays(indices, names))
+
+
+def with_column(table: pa.Table, column: str, values: pa.Array) -> pa.Table:
+    return table.set_column(table.schema.get_field_index(column), table.schema.field(column), values)
+
+
+@pytest.mark.parametrize(
+    ("topic", "column", "value"),
+    [
+        ("exposures", "viewer_id", -1), ("exposures", "viewer_id", 1 << 60), ("exposures", "weight", np.nan),
+        ("exposures", "weight", 1.5), ("exposures", "rollout", None), ("exposures", "release", None),
+        ("outcomes", "viewer_id", -1), ("outcomes", "viewer_id", 1 << 60), ("outcomes", "weight", np.nan),
+        ("outcomes", "weight", -0.5), ("outcomes", "value", np.nan), ("outcomes", "value", np.inf),
+        ("outcomes", "release", None), ("outcomes", "type", None),
+    ],
+)  # fmt: skip
+def test_record_with_a_wrong_value_is_skipped(
+    followed: Followed, collector: OutcomeCollector, topic: str, column: str, value: float | None
+) -> None:
+    """Such a record of another writer must neither stop the sums nor spoil them."""
+    strangers = [ShownImpression(100 + i, 50, Arm.CANARY, 0.5, 1) for i in range(2)]
+    of_exposures = topic == "exposures"
+    record = (
+        exposure_record(strangers) if of_exposures else outcome_record([RawOutcome(strangers[0], OutcomeType.LIKE)])
+    )
+    table = (decode_exposures if of_exposures else decode_outcomes)(record.payload)
+    if value is None:
+        wrong = null_name(table, column)
+    else:
+        values = table[column].to_numpy().copy()
+        values[-1] = value
+        wrong = with_column(table, column, pa.array(values, table.schema.field(column).type))
+    payload = encode_rows(wrong.combine_chunks().to_batches()[0])
+    followed.append(Topic(topic), record._replace(payload=payload, id="wrong"))
+    followed.expose(SHOWN)
+    followed.report(DONE)
+    catch_up(collector)
+    assert_same(collector.statistics("r-1"), recomputed(SHOWN, DONE))
+    assert f'{metric_names.UNREADABLE}{{source="{topic}"}} 1.0' in collector.metrics_text().decode()
+
+
 def test_age_of_the_reading_is_exported(followed: Followed, collector: OutcomeCollector) -> None:
-    assert metric_names.LOG_AGE + "{" not in collector.metrics_text().decode(), "nothing was read yet"
     catch_up(collector)
     followed.now += 30
     text = collector.metrics_text().decode()
@@ -273,6 +326,23 @@ def test_age_of_the_reading_is_exported(followed: Followed, collector: OutcomeCo
         assert f'{metric_names.LOG_AGE}{{source="{topic}"}} 30.0' in text
     catch_up(collector)
     assert f'{metric_names.LOG_AGE}{{source="outcomes"}} 0.0' in collector.metrics_text().decode()
+
+
+def test_collector_that_never_read_exports_its_age(tmp_path: Path) -> None:
+    def open_topic(_: Topic) -> EventLog:
+        raise StorageError("no broker")
+
+    now = NOW
+    collector = OutcomeCollector(tmp_path / "sums.db", open_topic, clock=lambda: now)
+    for _ in range(3):
+        with pytest.raises(StorageError, match="no broker"):
+            collector.advance()
+    now += 121
+    text = collector.metrics_text().decode()
+    for topic in ("exposures", "outcomes"):
+        assert f'{metric_names.LOG_AGE}{{source="{topic}"}} 121.0' in text
+    assert f"{metric_names.COLLECTOR_FAULTS} 3.0" in text
+    collector.close()
 
 
 def test_metrics_have_the_names_and_labels_of_the_rollout(followed: Followed, collector: OutcomeCollector) -> None:
@@ -287,7 +357,7 @@ def test_metrics_have_the_names_and_labels_of_the_rollout(followed: Followed, co
     }
     assert {name for name, _ in samples} == {
         metric_names.EXPOSURE, metric_names.STATISTIC, metric_names.RECEIVED, metric_names.LOG_AGE,
-        metric_names.UNREADABLE, metric_names.LATE_SLATES,
+        metric_names.UNREADABLE, metric_names.LATE_SLATES, metric_names.COLLECTOR_FAULTS,
     }  # fmt: skip
     assert {label for _, labels in samples for label, _ in labels} <= ALLOWED_LABELS
     expected = recomputed(SHOWN, DONE)
@@ -326,10 +396,17 @@ def test_counters_survive_a_restart(followed: Followed) -> None:
 
 
 def test_file_of_another_schema_version_is_rejected(followed: Followed, collector: OutcomeCollector) -> None:
-    collector._store._db.execute("PRAGMA user_version = 9")
+    collector._store._db.execute("PRAGMA user_version = 1")
     collector.close()
-    with pytest.raises(StorageError, match="schema version 9, expected 1"):
+    with pytest.raises(StorageError, match=r"schema version 1, expected 2.*counted again from the event log"):
         followed.collector()
+
+
+def test_schema_is_that_of_its_version() -> None:
+    """A file with other tables is rejected only if its version differs: with a new schema, raise the version."""
+    statements = "\n".join(" ".join(statement.split()) for statement in outcome_store._FORMAT.schema)
+    digest = hashlib.sha256(statements.encode()).hexdigest()[:16]
+    assert (outcome_store._FORMAT.version, digest) == (2, "3687653bc6d0b902")
 
 
 def test_one_core_counts_20000_impressions_per_second(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

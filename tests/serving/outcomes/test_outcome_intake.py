@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from reelway.platform.tokens import TokenSigner
 from reelway.serving.http_api import MAX_OUTCOMES_BYTES, build_http_api
 from reelway.serving.metrics import IntakeMetrics
 from reelway.serving.outcomes import EventLogWriter, OutcomeIntake
+from reelway.serving.outcomes.memory_writer import OutcomeMemoryWriter, memory_update
 from reelway.serving.outcomes.reported import OutcomeColumns
 from reelway.serving.release_pool import OpenRelease
 from reelway.serving.router import Router, RouterDependencies
@@ -64,6 +66,13 @@ class FakeMemory:
 
     def block(self, viewer_id: int, *, creators: list[int], topics: list[int]) -> None:
         self.blocks.append((viewer_id, creators, topics))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def logged(path: Path) -> list[dict[str, Any]]:
@@ -210,11 +219,53 @@ def test_memory_learns_complete_watches_and_blocks(intake: Intake) -> None:
     assert intake.memory.blocks == [(4, [7], [3])]
 
 
-def test_failed_memory_is_counted(intake: Intake) -> None:
+def test_failed_memory_is_counted_and_written_later(intake: Intake) -> None:
     intake.memory.broken = True
-    answer = intake.post(body_of(RawOutcome(SHOWN[1], OutcomeType.WATCH, 20_000.0)))
-    assert answer.json()["accepted"] == len(intake.logged()) == 1
+    answer = intake.post(
+        body_of(RawOutcome(SHOWN[1], OutcomeType.WATCH, 20_000.0)),
+        body_of(RawOutcome(SHOWN[4], OutcomeType.BLOCK_CREATOR)),
+    )
+    assert answer.json()["accepted"] == len(intake.logged()) == 2
     assert intake.registry.get_sample_value("reelway_outcomes_memory_failures_total") == 1
+    intake.memory.broken = False
+    wait_until(lambda: intake.memory.blocks == [(4, [7], [])])
+    assert intake.memory.watched == [(1, 5, RECEIVED_S)]
+    assert intake.registry.get_sample_value("reelway_outcomes_memory_lost_total") == 0
+
+
+def test_memory_writer_loses_what_exceeds_its_limit() -> None:
+    memory, registry = FakeMemory(broken=True), CollectorRegistry()
+    writer = OutcomeMemoryWriter(memory, IntakeMetrics(registry), max_waiting=2)  # type: ignore[arg-type]
+    updates = [memory_update(reported_columns([RawOutcome(one, OutcomeType.WATCH, 20_000.0)]), NOW) for one in SHOWN]
+    written = [writer.write(update) for update in updates[1:4]]
+    assert [one.result(10) for one in (written[0], written[2])] == [False, False]
+    assert registry.get_sample_value("reelway_outcomes_memory_lost_total") == 1
+    memory.broken = False
+    assert written[1].result(10)
+    assert [viewer for viewer, _, _ in memory.watched] == [1, 2]
+    writer.close()
+    assert not writer.write(updates[4]).result(0)
+    assert registry.get_sample_value("reelway_outcomes_memory_lost_total") == 2
+
+
+def test_unwritable_update_does_not_hold_up_the_others() -> None:
+    memory, registry = FakeMemory(), CollectorRegistry()
+    writer = OutcomeMemoryWriter(memory, IntakeMetrics(registry))  # type: ignore[arg-type]
+    good = memory_update(reported_columns([RawOutcome(SHOWN[1], OutcomeType.WATCH, 20_000.0)]), NOW)
+    bad = replace(good, watched_videos=None)
+    assert [writer.write(update).result(10) for update in (bad, good)] == [False, True]
+    assert registry.get_sample_value("reelway_outcomes_memory_lost_total") == 1
+    writer.close()
+
+
+def test_closed_memory_writer_counts_what_it_cannot_write() -> None:
+    memory, registry = FakeMemory(broken=True), CollectorRegistry()
+    writer = OutcomeMemoryWriter(memory, IntakeMetrics(registry))  # type: ignore[arg-type]
+    updates = [memory_update(reported_columns([RawOutcome(one, OutcomeType.WATCH, 20_000.0)]), NOW) for one in SHOWN]
+    written = [writer.write(update) for update in updates[:5]]
+    writer.close()
+    assert not any(one.result(10) for one in written)
+    assert registry.get_sample_value("reelway_outcomes_memory_lost_total") == 5
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import numpy as np
 from prometheus_client import CollectorRegistry
 
 from reelway.platform.contracts.ids import short_id
-from reelway.platform.errors import DataError, StorageError
+from reelway.platform.errors import ReelwayError
 from reelway.platform.eventlog.live_lists_file import MAX_AGE_S, POPULAR, TRENDING, LiveListsFile, LiveListsSnapshot
 from reelway.platform.telemetry import counter, gauge
 from reelway.serving.popular import ListRows, PopularLists
@@ -37,6 +37,9 @@ _AGE: Final = gauge(
     "reelway_retrieval_lists_age_seconds", "Age of the live popular and trending lists.", ["release"], _REGISTRY,
     mode="livemax",
 )  # fmt: skip
+_FAULTS: Final = counter(
+    "reelway_retrieval_lists_faults_total", "Reads of the live lists that failed.", ["release"], _REGISTRY
+)
 _FALLBACKS: Final = counter(
     "reelway_retrieval_lists_fallbacks_total", "Times that a release's own lists replaced missing or stale live lists.",
     ["release", "kind"], _REGISTRY,
@@ -61,6 +64,10 @@ class CurrentLists:
         live, age_s = self._live, self.age_s()
         return self.of_release if live is None or age_s is None or age_s > MAX_AGE_S else live
 
+    def now_s(self) -> float:
+        """Returns the time by which ages are measured, in Unix seconds."""
+        return self._clock()
+
     def age_s(self) -> float | None:
         """Returns the age of the live lists in seconds, None if there are none."""
         live = self._live
@@ -80,6 +87,8 @@ class ListFollower:
         self._file = LiveListsFile(overlay)
         self._version: object = None
         self._release = short_id(release)
+        self._started_s = lists.now_s()
+        _FAULTS.labels(self._release)
         self._fallback: str | None = None
 
     @property
@@ -97,22 +106,47 @@ class ListFollower:
         lists, table = self._lists(), self._table()
         if lists is None or table is None:
             return False
+        failed = True
         try:
             version = self._file.version()
             is_new = version is not None and version != self._version
             if is_new and (snapshot := self._file.read()):
                 lists.replace(map_lists(snapshot, table, lists.of_release))
                 self._version = version
+            failed = False
             return is_new
         finally:
-            self._record(lists)
+            self._record(lists, failed)
 
-    def _record(self, lists: CurrentLists) -> None:
-        """Exports the age, and counts the change from live lists to those of the release."""
+    def follow(self, every_s: float) -> None:
+        """Polls until the lists are released."""
+        failed = False
+        while not self.released:
+            try:
+                self.poll()
+                failed = False
+            except Exception as error:  # the thread must go on: without it, the lists would stay as they are
+                if not failed:
+                    log.error(
+                        "release %s: live lists are not read: %s: %s", self._release, type(error).__name__, error,
+                        exc_info=not isinstance(error, ReelwayError),
+                    )  # fmt: skip
+                failed = True
+            time.sleep(every_s)
+
+    def _record(self, lists: CurrentLists, failed: bool) -> None:
+        """Exports the age, and counts failures and the change from live lists to those of the release.
+
+        The age of lists that exist and were never read is the time since the follower's start.
+        """
         age_s = lists.age_s()
         fallback = MISSING if age_s is None else STALE if age_s > MAX_AGE_S else None
+        if failed:
+            _FAULTS.labels(self._release).inc()
         if age_s is not None:
             _AGE.labels(self._release).set(max(age_s, 0.0))
+        elif failed:
+            _AGE.labels(self._release).set(max(lists.now_s() - self._started_s, 0.0))
         if fallback != self._fallback and fallback:
             _FALLBACKS.labels(self._release, fallback).inc()
             log.warning("release %s: live lists are %s, its own lists are served", self._release, fallback)
@@ -152,19 +186,6 @@ def start_list_follower(
 ) -> threading.Thread:
     """Starts a thread that follows the file until the lists are released or the process ends."""
     follower = ListFollower(lists, table, overlay, release)
-    thread = threading.Thread(target=_follow_until_released, args=(follower, every_s), name="live-lists", daemon=True)
+    thread = threading.Thread(target=follower.follow, args=(every_s,), name="live-lists", daemon=True)
     thread.start()
     return thread
-
-
-def _follow_until_released(follower: ListFollower, every_s: float) -> None:
-    failed = False
-    while not follower.released:
-        try:
-            follower.poll()
-            failed = False
-        except (StorageError, DataError) as error:
-            if not failed:
-                log.error("lists are not updated: %s", error)
-            failed = True
-        time.sleep(every_s)

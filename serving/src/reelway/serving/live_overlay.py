@@ -24,7 +24,7 @@ from prometheus_client import CollectorRegistry
 from reelway.platform.contracts.feature_names import VIDEO_LIVE_DENSE
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.contracts.release_files import videos_schema
-from reelway.platform.errors import DataError, StorageError
+from reelway.platform.errors import DataError, ReelwayError
 from reelway.platform.eventlog.feature_changelog import CREATORS, ENGAGEMENT, FIELDS, FeatureChangelog, latest_rows
 from reelway.platform.eventlog.upload_overlay import REQUEST_INTERVAL_S, OverlayRequests, UploadChangelog
 from reelway.serving.metrics import OverlayMetrics
@@ -197,9 +197,12 @@ class OverlayFollower:
             try:
                 self._poll()
                 failed = False
-            except (StorageError, DataError) as error:
+            except Exception as error:  # the thread must go on: without it, the table would stay as it is
                 if not failed:
-                    log.error("release %s: overlay is not read: %s", short_id(self._release), error)
+                    log.error(
+                        "release %s: overlay is not read: %s: %s", short_id(self._release), type(error).__name__, error,
+                        exc_info=not isinstance(error, ReelwayError),
+                    )  # fmt: skip
                 failed = True
                 self._metrics.faults.inc()
             self._metrics.age.set(time.monotonic() - self._read_at)

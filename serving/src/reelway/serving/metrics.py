@@ -221,7 +221,13 @@ class IntakeMetrics:
         self.refused = counter(metric_names.REFUSED, "Reported outcomes with an invalid token or value.", [], registry)
         self.memory_failures = counter(
             "reelway_outcomes_memory_failures_total",
-            "Requests whose outcomes are in the event log and not in the viewers' memories.",
+            "Requests that were answered before their outcomes were in the viewers' memories; the write is repeated.",
+            [],
+            registry,
+        )
+        self.memory_lost = counter(
+            "reelway_outcomes_memory_lost_total",
+            "Requests whose outcomes are in the event log and will not be in the viewers' memories.",
             [],
             registry,
         )
@@ -232,7 +238,7 @@ class TakedownMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.age = age_gauge(
-            "reelway_takedowns_age_seconds", "Time since the takedowns were last read to the end of a poll.", [],
+            "reelway_takedowns_age_seconds", "Time since which takedowns may be unread.", [],
             registry,
         )  # fmt: skip
         self.faults = counter("reelway_takedowns_faults_total", "Reads of the takedowns that failed.", [], registry)

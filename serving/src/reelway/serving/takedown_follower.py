@@ -19,7 +19,7 @@ from typing import Final
 from prometheus_client import CollectorRegistry
 
 from reelway.platform.errors import ReelwayError, StorageError
-from reelway.platform.eventlog.catalogue_events import TakedownState, decode_status_changes
+from reelway.platform.eventlog.catalogue_events import ChangedStatus, TakedownState, decode_status_changes
 from reelway.platform.eventlog.catalogue_log import is_at
 from reelway.platform.eventlog.event_log import EventLog, Offsets
 from reelway.platform.eventlog.topics import Topic, open_topic
@@ -41,21 +41,29 @@ class TakedownFollower:
 
     Args:
         open_log: opens the topic ``takedowns``; called again after a failure.
+        clock: Unix seconds.
     """
 
-    def __init__(self, open_log: Callable[[], EventLog], metrics: TakedownMetrics) -> None:
+    def __init__(
+        self, open_log: Callable[[], EventLog], metrics: TakedownMetrics, *, clock: Callable[[], float] = time.time
+    ) -> None:
         self._open_log = open_log
         self._metrics = metrics
         self._log: EventLog | None = None
         self._state = TakedownState()
         self._position: Offsets = {}
         self._tables: weakref.WeakSet[VideoTable] = weakref.WeakSet()
-        self._changed = threading.Condition()  # guards state, position and tables
-        self._read_at = time.monotonic()
+        self._behind = False  # whether any table may lack changes of ``_state``
+        self._changed = threading.Condition()  # guards state, position, tables and behind
+        self._clock = clock
+        self._read_to_s = clock()  # no unread record is older, except than the follower itself
         self._stopped = threading.Event()
 
     def poll(self, wait_s: float = 0.0) -> int:
         """Reads new records and applies them to all tables. Returns the number of records.
+
+        A table that fails does not delay the others. The next call reads the same records again, and applies all
+        takedowns to all tables.
 
         Raises:
             StorageError: if the log cannot be read.
@@ -69,14 +77,29 @@ class TakedownFollower:
             self._metrics.unreadable.inc(unreadable)
         with self._changed:
             changed = self._state.apply(change for change in changes if change is not None)
-            if changed:
-                taken_down = self._state.taken_down()
-                for table in list(self._tables):
-                    table.take_down(taken_down, changed)
+            if changed or self._behind:
+                self._apply(None if self._behind else changed)
             self._position = read.next_offsets
             self._changed.notify_all()
-        self._read_at = time.monotonic()
+        self._read_to_s = max(self._read_to_s, read.watermark_us / 1e6)
+        self._export_age()
         return len(read.records)
+
+    def _apply(self, changed: ChangedStatus | None) -> None:
+        """Applies the state to all tables, and then raises the first failure. ``changed`` as in ``take_down``."""
+        self._behind = True
+        failures: list[Exception] = []
+        for table in list(self._tables):
+            try:
+                table.take_down(self._state.taken_down(), changed)
+            except Exception as error:  # the other tables must not show what was taken down
+                failures.append(error)
+        if failures:
+            try:
+                raise failures[0]
+            finally:
+                failures.clear()  # a cycle of this frame and the traceback would keep closed tables in memory
+        self._behind = False
 
     def follow(self) -> None:
         """Polls until ``stop``."""
@@ -92,7 +115,10 @@ class TakedownFollower:
                 self._close_log()
                 self._metrics.faults.inc()
                 self._stopped.wait(POLL_INTERVAL_S)
-            self._metrics.age.set(time.monotonic() - self._read_at)
+            self._export_age()
+
+    def _export_age(self) -> None:
+        self._metrics.age.set(max(self._clock() - self._read_to_s, 0.0))
 
     def _close_log(self) -> None:
         if self._log is not None:

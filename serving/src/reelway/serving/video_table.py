@@ -235,9 +235,13 @@ class VideoTable:
                 changed = ChangedStatus(
                     np.union1d(before.videos, taken_down.videos), np.union1d(before.creators, taken_down.creators)
                 )
-            rows = np.union1d(self._all_rows_of(changed.videos), self.rows_of_creators(changed.creators)[0])
-            if len(rows):
-                self._refresh_servable(rows, self._uploads)
+            try:
+                rows = np.union1d(self._all_rows_of(changed.videos), self.rows_of_creators(changed.creators)[0])
+                if len(rows):
+                    self._refresh_servable(rows, self._uploads)
+            except BaseException:  # the next call must find the difference again
+                self._taken_down = before
+                raise
 
     def _newest_rows(self, ids: I64, uploads: Uploads) -> Rows:
         rows = index_in_sorted(self.video_id.base, ids).astype(np.int32)

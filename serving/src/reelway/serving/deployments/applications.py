@@ -27,6 +27,7 @@ from reelway.platform.features.viewer_rows import ViewerRowReader
 from reelway.platform.rollout.traffic.serving_options import OutcomesArgs, ReleaseArgs, RouterArgs
 from reelway.platform.tokens import TokenSigner
 from reelway.serving.deployments.kept_log import KeptLog
+from reelway.serving.deployments.replica_logging import log_to_replica_file
 from reelway.serving.deployments.stages import (
     FUSED_RELEASE,
     RANKING,
@@ -85,6 +86,7 @@ class RouterDeployment(Router):
     """A replica of the router."""
 
     def __init__(self, args: RouterArgs) -> None:
+        log_to_replica_file()
         store = open_feature_store(args.features_dir) if args.features_dir else None
         memory = open_viewer_memory(store) if store else None
         viewers = ViewerRowReader(store, memory=memory) if store else None
@@ -150,6 +152,7 @@ class OutcomesDeployment:
     """The replica of the outcome collector. Without another event log, it also keeps the log for the routers."""
 
     def __init__(self, args: OutcomesArgs) -> None:
+        log_to_replica_file()
         self._events = args.events
         self._collector = OutcomeCollector(args.state, partial(open_topic, args.events))
         self._kept: dict[Topic, EventLog] = {}

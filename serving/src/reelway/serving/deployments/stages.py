@@ -15,6 +15,7 @@ from ray.serve.handle import DeploymentHandle
 from reelway.platform.rollout.traffic.serving_options import BudgetsMs, ReleaseArgs
 from reelway.serving import metrics
 from reelway.serving.circuit_breaker import CircuitBreaker
+from reelway.serving.deployments.replica_logging import log_to_replica_file
 from reelway.serving.fused import load_and_warm_up
 from reelway.serving.open_inference.client import RemoteRanker, server_address
 from reelway.serving.release_loader import open_trusted
@@ -33,6 +34,7 @@ class RetrievalStage:
     """Replica of the retrieval stage: viewer tower, index and lists of one release."""
 
     def __init__(self, source: ReleaseArgs) -> None:
+        log_to_replica_file()
         registry = CollectorRegistry()
         takedowns = follow_takedowns(source.events, registry) if source.events else None
         loader = open_trusted(source, takedowns)
@@ -54,6 +56,7 @@ class RankingStage:
     """
 
     def __init__(self, source: ReleaseArgs) -> None:
+        log_to_replica_file()
         loader = open_trusted(source)
         registry = CollectorRegistry()
         self._metrics = metrics.RankingMetrics(registry, loader.release_id())
@@ -81,6 +84,7 @@ class RerankingStage:
     """
 
     def __init__(self, source: ReleaseArgs, retrieval: Any, ranking: Any) -> None:
+        log_to_replica_file()
         loader = open_trusted(source)
         self._stage = loader.reranking()
         self._metrics = metrics.RerankingMetrics(CollectorRegistry(), loader.release_id())
@@ -101,6 +105,7 @@ class FusedRelease:
     """
 
     def __init__(self, source: ReleaseArgs) -> None:
+        log_to_replica_file()
         load_and_warm_up(open_trusted(source))
 
 

@@ -82,7 +82,9 @@ class OutcomeCollector:
         self._open_topic = open_topic
         self._clock = clock
         self._topics: dict[Topic, _FollowedTopic] = {}
-        self._readings: dict[str, LogReading] = {topic: LogReading() for topic in TOPICS}
+        started_us = round(clock() * 1e6)
+        self._readings: dict[str, LogReading] = {topic: LogReading(started_us) for topic in TOPICS}
+        self._faults = 0  # failed calls of ``advance``
         self._clean_at = 0.0
         self._ending = threading.Event()
         self._thread: threading.Thread | None = None
@@ -107,6 +109,7 @@ class OutcomeCollector:
             batch = topic.log.read(topic.position, limit=RECORDS_PER_COMMIT, wait_s=WAIT_S)
             self._count(topic, batch)
         except BaseException:
+            self._faults += 1
             self._close_topics()
             raise
         return len(batch.records)
@@ -121,7 +124,7 @@ class OutcomeCollector:
 
     def metrics_text(self) -> bytes:
         """Returns the committed counts in Prometheus' text format, with the names of ``metric_names``."""
-        return prometheus_text(self._ledger.snapshot, self._readings, self._clock())
+        return prometheus_text(self._ledger.snapshot, self._readings, self._faults, self._clock())
 
     def statistics(self, rollout_id: str) -> dict[tuple[Arm, Slice], dict[str, ArmStatistics]]:
         """A rollout's committed statistics by metric; for an arm that changed its release, its first release's."""

@@ -19,22 +19,28 @@ from reelway.serving.outcomes.viewer_sums import METRICS, SLICES
 
 @dataclass
 class LogReading:
-    """How far a topic is read. ``read_to_us``: no unread record is older (``ReadBatch.watermark_us``)."""
+    """How far a topic is read.
 
+    Args:
+        started_us: start of the collector.
+        read_to_us: no unread record is older (``ReadBatch.watermark_us``); 0 before the first read.
+    """
+
+    started_us: int
     read_to_us: int = 0
     unreadable: int = 0  # records skipped since the start
 
 
-def prometheus_text(snapshot: Snapshot, readings: Mapping[str, LogReading], now: float) -> bytes:
+def prometheus_text(snapshot: Snapshot, readings: Mapping[str, LogReading], faults: int, now: float) -> bytes:
     """All series of all arms, zeros included, and the age of each topic's reading at ``now`` (Unix seconds)."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_SnapshotCollector(snapshot, readings, now))
+    registry.register(_SnapshotCollector(snapshot, readings, faults, now))
     return generate_latest(registry)
 
 
 class _SnapshotCollector(Collector):
-    def __init__(self, snapshot: Snapshot, readings: Mapping[str, LogReading], now: float) -> None:
-        self._snapshot, self._readings, self._now = snapshot, readings, now
+    def __init__(self, snapshot: Snapshot, readings: Mapping[str, LogReading], faults: int, now: float) -> None:
+        self._snapshot, self._readings, self._faults, self._now = snapshot, readings, faults, now
 
     def collect(self) -> Iterator[Metric]:
         arm_labels = ["rollout", "release", "arm", "slice"]
@@ -63,6 +69,11 @@ class _SnapshotCollector(Collector):
             "Slates of rollouts that were logged too late to be counted.",
             value=self._snapshot.late_slates,
         )
+        yield CounterMetricFamily(
+            metric_names.COLLECTOR_FAULTS,
+            "Reads of the event log, or transactions of the sums, that failed.",
+            value=self._faults,
+        )
         yield from self._log_families()
 
     def _received_family(self) -> CounterMetricFamily:
@@ -82,8 +93,8 @@ class _SnapshotCollector(Collector):
             metric_names.UNREADABLE, "Records of the event log that were skipped.", labels=["source"]
         )
         for topic, reading in self._readings.items():
-            if reading.read_to_us:
-                age.add_metric([topic], max(self._now - reading.read_to_us / 1e6, 0.0))
+            since_us = reading.read_to_us or reading.started_us
+            age.add_metric([topic], max(self._now - since_us / 1e6, 0.0))
             unreadable.add_metric([topic], reading.unreadable)
         yield age
         yield unreadable

@@ -12,6 +12,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from reelway.platform.contracts.events import LONG_WATCH_CAP_MS, LONG_WATCH_RATIO, Arm, OutcomeType
+from reelway.platform.contracts.ids import MAX_ID
+from reelway.platform.errors import DataError
 from reelway.platform.eventlog import StoredRecord
 from reelway.platform.eventlog.exposure_events import decode_exposures
 from reelway.platform.eventlog.outcome_events import OUTCOME_TYPES, decode_outcomes
@@ -25,6 +27,7 @@ METRIC_OF_KIND: Final = np.array(
     [METRICS.index("watch_s_per_impression" if kind is OutcomeType.WATCH else f"{kind}_rate") for kind in OUTCOME_TYPES]
 )
 """The metric that an outcome of each type adds to; a watch may add to ``LONG_WATCH`` as well."""
+_LARGEST_VALUE: Final = float(np.finfo(np.float32).max)
 LONG_WATCH: Final = METRICS.index("long_watch_rate")
 
 
@@ -86,7 +89,7 @@ def read_exposure_rows(record: StoredRecord) -> ExposureRows:
     """Decodes one record; the slates that were shown outside of any rollout are left out. A record may have no rows.
 
     Raises:
-        DataError: if the record is not a batch of exposures.
+        DataError: if the record is not a batch of exposures, or a value is outside its range.
     """
     table = decode_exposures(record.payload)
     rollout = _strings(table, "rollout")
@@ -102,10 +105,10 @@ def read_exposure_rows(record: StoredRecord) -> ExposureRows:
         arms,
         arm=arm_V[first],
         request_id=request_V[first],
-        viewer_id=_numbers(table, "viewer_id")[first],
+        viewer_id=_in_range(table, "viewer_id", MAX_ID)[first],
         shown_at=_seconds(table, "shown_at")[first],
         logged_at=np.full(len(first), record.time_us / 1e6),
-        weight=_numbers(table, "weight")[first].astype(np.float64),
+        weight=_in_range(table, "weight", 1)[first].astype(np.float64),
         slices=slices_V[first],
         count=count,
     )
@@ -115,7 +118,7 @@ def read_outcome_rows(record: StoredRecord) -> OutcomeRows:
     """Decodes one record; outcomes of types that this version does not know are left out.
 
     Raises:
-        DataError: if the record is not a batch of outcomes.
+        DataError: if the record is not a batch of outcomes, or a value is outside its range.
     """
     table = decode_outcomes(record.payload)
     types = _strings(table, "type")
@@ -127,15 +130,15 @@ def read_outcome_rows(record: StoredRecord) -> OutcomeRows:
         arms,
         arm=arm_N,
         impression_id=_numbers(table, "impression_id"),
-        viewer_id=_numbers(table, "viewer_id"),
+        viewer_id=_in_range(table, "viewer_id", MAX_ID),
         issued_at=_seconds(table, "shown_at"),
         done_at=_seconds(table, "done_at"),
         logged_at=np.full(len(known), record.time_us / 1e6),
-        weight=_numbers(table, "weight").astype(np.float64),
+        weight=_in_range(table, "weight", 1).astype(np.float64),
         slices=_slices(table),
         duration_ms=_numbers(table, "duration_ms").astype(np.float64),
         kind=kind[known],
-        value=_numbers(table, "value").astype(np.float64),
+        value=_in_range(table, "value", _LARGEST_VALUE).astype(np.float64),
     )
 
 
@@ -153,6 +156,8 @@ def _strings(table: pa.Table, name: str) -> _Strings:
     if not len(column):
         return _Strings(np.zeros(0, np.int64), [])
     names = column.dictionary.to_pylist()
+    if None in names:
+        raise DataError(f"event log: a record has a null among the names of column {name!r}, expected none")
     codes = column.indices.fill_null(len(names)).to_numpy(zero_copy_only=False).astype(np.int64)
     return _Strings(codes, [*names, ""])
 
@@ -172,6 +177,22 @@ def _arms(table: pa.Table) -> tuple[tuple[ArmKey, ...], NDArray[np.int64]]:
 def _numbers(table: pa.Table, name: str) -> NDArray[Any]:
     """A column as an array; 0 instead of null."""
     return np.asarray(table.column(name).fill_null(0).to_numpy())
+
+
+def _in_range(table: pa.Table, name: str, largest: float) -> NDArray[Any]:
+    """``_numbers`` of a column whose values are within 0..largest.
+
+    Raises:
+        DataError: if a value is outside the range, or not a number.
+    """
+    values = _numbers(table, name)
+    wrong = np.flatnonzero(~((values >= 0) & (values <= largest)))
+    if len(wrong):
+        raise DataError(
+            f"event log: a record has {len(wrong)} values of column {name!r} outside 0..{largest}, "
+            f"the first is {values[wrong[0]]}"
+        )
+    return values
 
 
 def _slices(table: pa.Table) -> NDArray[np.uint8]:

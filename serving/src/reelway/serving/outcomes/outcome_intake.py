@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Final
 
 from reelway.platform.contracts.api import OutcomesRequest, OutcomesResponse
-from reelway.platform.contracts.events import OutcomeType
 from reelway.platform.features.viewer_memory import ViewerMemory
 from reelway.platform.tokens import TokenSigner
 from reelway.serving.metrics import IntakeMetrics
 from reelway.serving.outcomes.event_log_writer import EventLogWriter
+from reelway.serving.outcomes.memory_writer import OutcomeMemoryWriter, memory_update
 from reelway.serving.outcomes.reported import OutcomeColumns, read_outcomes
-
-log = logging.getLogger(__name__)
 
 READ_INLINE: Final = 50
 """Outcomes of one request above which their tokens are checked on a thread, so that slates do not wait: about 1 ms."""
@@ -31,8 +25,8 @@ class OutcomeIntake:
     """Validates outcomes and answers when they are in the event log.
 
     Args:
-        memory: learns which videos were watched to the end and what was blocked. A failure is counted and does not fail
-            the request, because a stream rebuilds the memory from the event log.
+        memory: learns which videos were watched to the end, what was blocked and who was followed. A failed write is
+            counted and repeated; it does not fail the request.
         clock: Unix seconds.
     """
 
@@ -48,7 +42,7 @@ class OutcomeIntake:
         self._signer = signer
         self._writer = writer
         self._metrics = metrics
-        self._memory = memory
+        self._memory = OutcomeMemoryWriter(memory, metrics) if memory else None
         self._clock = clock
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="outcomes")
 
@@ -73,41 +67,18 @@ class OutcomeIntake:
         return OutcomesResponse(accepted=len(columns), refused=refused)
 
     def close(self) -> None:
-        """Appends the accepted outcomes. A second call does nothing."""
+        """Appends the accepted outcomes and writes them to the memories. A second call does nothing."""
         self._writer.close()
+        if self._memory is not None:
+            self._memory.close()
         self._threads.shutdown(wait=False)
 
     async def _remember(self, columns: OutcomeColumns) -> None:
-        memory = self._memory
-        if memory is None:
+        """Starts the update of the memories and waits for it for a moment, so that the next slate follows it."""
+        update = memory_update(columns, self._clock())
+        if self._memory is None or not len(update):
             return
-        loop = asyncio.get_running_loop()
-        try:
-            remembered = loop.run_in_executor(self._threads, remember, memory, columns, self._clock())
-            await asyncio.wait_for(remembered, MEMORY_TIMEOUT_S)
-        except Exception as error:  # the outcomes are in the log, from which the memory is rebuilt
+        written = asyncio.wrap_future(self._memory.write(update))
+        await asyncio.wait([written], timeout=MEMORY_TIMEOUT_S)
+        if not written.done() or not written.result():
             self._metrics.memory_failures.inc()
-            log.warning("outcomes not remembered: %s: %s", type(error).__name__, error)
-
-
-def remember(memory: ViewerMemory, columns: OutcomeColumns, now_s: float) -> None:
-    """Passes on the videos watched to the end, the blocked creators and topics, and the followed creators."""
-    watched = columns.watched_to_the_end
-    if len(watched):
-        memory.remember_watched(columns.viewer_id[watched], columns.video_id[watched], np.full(len(watched), now_s))
-    creators = _by_viewer(columns, OutcomeType.BLOCK_CREATOR, columns.creator_id)
-    topics = _by_viewer(columns, OutcomeType.BLOCK_TOPIC, columns.topic)
-    for viewer in sorted(creators.keys() | topics.keys()):
-        memory.block(viewer, creators=creators.get(viewer, []), topics=topics.get(viewer, []))
-    for viewer, followed in _by_viewer(columns, OutcomeType.FOLLOW, columns.creator_id).items():
-        memory.follow(viewer, followed)
-
-
-def _by_viewer(columns: OutcomeColumns, kind: OutcomeType, of_video: NDArray[Any]) -> dict[int, list[int]]:
-    """Returns the known values of the videos with an outcome of the type, by viewer."""
-    rows = columns.rows_of_type(kind)
-    rows = rows[of_video[rows] >= 0]
-    values: dict[int, list[int]] = {}
-    for viewer, value in zip(columns.viewer_id[rows].tolist(), of_video[rows].tolist(), strict=True):
-        values.setdefault(viewer, []).append(value)
-    return values

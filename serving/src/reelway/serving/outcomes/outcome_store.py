@@ -30,7 +30,7 @@ MAX_ARMS: Final = 1 << (63 - _ARM_SHIFT)
 _FORMAT: Final = SqliteFormat(
     description="an outcome store",
     application_id=0x7265656F,
-    version=1,
+    version=2,
     schema=(
         """CREATE TABLE rollouts (
                rollout TEXT PRIMARY KEY, exposed_at REAL NOT NULL, retired INTEGER NOT NULL) WITHOUT ROWID""",
@@ -53,6 +53,7 @@ _FORMAT: Final = SqliteFormat(
     ),
     pragmas=("cache_size = -32768", "wal_autocheckpoint = 8192"),
     exclusive=True,
+    remedy="move the file away; all sums are counted again from the event log",
 )
 
 ReceivedKey = tuple[str, str, str, str]  # release, arm, kind, outcome
