@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
+from reelway.platform.contracts.blend import MAX_SHOWN_VIDEOS
 from reelway.platform.errors import StorageError
 from reelway.platform.features.viewer_memory import NO_MEMORY, ShownSlate, ViewerMemoryState
 from reelway.platform.features.viewer_memory_sqlite import SqliteViewerMemory
@@ -162,3 +163,24 @@ def test_empty_slate_is_not_remembered(shown: ShownMemory, store: ControlledMemo
     shown.remember(1, [], NOW_S)
     assert shown.flush(WAIT_S)
     assert store.batches == []
+
+
+def test_busy_viewer_has_at_most_the_newest_videos(
+    store: ControlledMemory, registry: CollectorRegistry, clock: Clock
+) -> None:
+    """One viewer id with many slates, such as a load test, does not lengthen its own requests without a bound."""
+    shown = ShownMemory(store, ShownMemoryMetrics(registry), clock=clock)
+    pages = 3 * MAX_SHOWN_VIDEOS // 100
+    for page in range(pages):
+        shown.remember(1, np.arange(100) + 100 * page, NOW_S)
+        if page == pages // 2:
+            clock.now_s = RECENT_S / 2
+    newest = list(range(100 * pages - MAX_SHOWN_VIDEOS, 100 * pages))
+    assert ids(shown.with_recent(1, NO_MEMORY)) == newest
+    clock.now_s = RECENT_S + 1  # the first half of the slates becomes old
+    shown.remember(2, [7], NOW_S)
+    assert ids(shown.with_recent(1, NO_MEMORY)) == list(range(max(newest[0], 100 * (pages // 2 + 1)), 100 * pages))
+    clock.now_s = 2 * RECENT_S
+    shown.remember(2, [8], NOW_S)
+    assert list(shown._of_viewer) == [2]
+    shown.close(WAIT_S)
