@@ -241,3 +241,12 @@ def test_policy_limits_what_counts_as_watched(table: VideoTable) -> None:
 def test_shown_video_of_another_release_is_ignored(table: VideoTable) -> None:
     state = ViewerMemoryState(shown_ids=np.array([2**50, int(table.video_id[4])]), shown_at_s=np.array([NOW_S, NOW_S]))
     assert exclusions_of(state, POLICY, NOW_S, table).shown_rows.tolist() == [4]
+
+
+@given(st.lists(st.integers(0, 30), max_size=80), st.integers(0, 40))
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_shown_videos_count_once_against_the_limit(table: VideoTable, shown: list[int], limit: int) -> None:
+    policy = RetrievalSettings(candidates=CANDIDATES, shown_videos=limit)
+    rows = exclusions_of(memory(table, shown), policy, NOW_S, table).shown_rows.tolist()
+    distinct = list(dict.fromkeys(reversed(shown)))[:limit]
+    assert rows == distinct[::-1]

@@ -9,13 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
+from tests.support.release_files import make_release_folder
 
-from reelway.platform.contracts.blend import MAX_SHOWN_VIDEOS
+from reelway.platform.contracts.blend import MAX_SHOWN_VIDEOS, RetrievalSettings
 from reelway.platform.errors import StorageError
 from reelway.platform.features.viewer_memory import NO_MEMORY, ShownSlate, ViewerMemoryState
 from reelway.platform.features.viewer_memory_sqlite import SqliteViewerMemory
 from reelway.serving.metrics import ShownMemoryMetrics
+from reelway.serving.release_loader import ReleaseLoader
 from reelway.serving.shown_memory import RECENT_S, ShownMemory
+from reelway.serving.video_table import VideoTable
+from reelway.serving.viewer_query import exclusions_of
 
 NOW_S = 1_718_000_000.0
 WAIT_S = 10.0
@@ -73,6 +77,12 @@ def shown(store: ControlledMemory, registry: CollectorRegistry, clock: Clock) ->
     store.gate.set()
     memory.close(WAIT_S)
     assert not memory._writer.is_alive()
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> VideoTable:
+    make_release_folder(tmp_path / "release", videos=50)
+    return ReleaseLoader(tmp_path / "release").table()
 
 
 def ids(state: ViewerMemoryState) -> list[int]:
@@ -184,3 +194,17 @@ def test_busy_viewer_has_at_most_the_newest_videos(
     shown.remember(2, [8], NOW_S)
     assert list(shown._of_viewer) == [2]
     shown.close(WAIT_S)
+
+
+def test_written_slates_do_not_displace_older_videos(
+    shown: ShownMemory, store: ControlledMemory, table: VideoTable
+) -> None:
+    """The store has the router's recent slates too; both copies together must not use up the release's limit."""
+    videos = table.video_id[:40].tolist()
+    for page in range(4):
+        shown.remember(1, videos[10 * page : 10 * page + 10], NOW_S + page)
+    assert shown.flush(WAIT_S)
+    state = shown.with_recent(1, store.read(1))
+    assert len(state.shown_ids) == 80
+    policy = RetrievalSettings(shown_videos=40)
+    assert exclusions_of(state, policy, NOW_S + 10, table).shown_rows.tolist() == list(range(40))
