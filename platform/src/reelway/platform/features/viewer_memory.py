@@ -3,7 +3,8 @@
 - *Shown*: the newest ``MAX_SHOWN_VIDEOS`` videos of the last ``MAX_SHOWN_HOURS`` hours, with their times. A release
   decides in ``blend.yaml`` for how long and how many of them it leaves out.
 - *Watched to the end*: a Bloom filter per viewer and generation (``watched_filter``).
-- *Blocked* creators and topics, and *followed* creators: sets that do not expire.
+- *Blocked* creators and topics, and *followed* creators: they do not expire. Of blocks and of follows, the
+  ``MAX_CHOICES`` that were reported last are kept, so that no viewer's memory grows without a bound.
 
 The memory is stored where the viewer's row is: in Redis (``viewer_memory_redis``), or in a SQLite file beside Feast's
 (``viewer_memory_sqlite``). It is a copy of what the event log holds. A marker says that the copy is complete; a store
@@ -32,6 +33,8 @@ I64 = NDArray[np.int64]
 F64 = NDArray[np.float64]
 U8 = NDArray[np.uint8]
 
+MAX_CHOICES: Final = 2_000
+"""Most blocks of one viewer, creators and topics together, and most follows."""
 MEMORY_FILE: Final = "viewer_memory.db"
 SHOWN_ENTRY: Final = np.dtype([("video_id", "<i8"), ("shown_at_s", "<u4")])
 """One shown video as it is stored, 12 bytes. A viewer's entries follow each other, oldest first."""
@@ -103,11 +106,11 @@ class ViewerMemory(Protocol):
         ...
 
     def block(self, viewer_id: int, *, creators: Sequence[int] = (), topics: Sequence[int] = ()) -> None:
-        """Adds blocked creators and topics. Idempotent."""
+        """Adds blocked creators and topics; beyond ``MAX_CHOICES``, forgets those reported longest ago. Idempotent."""
         ...
 
     def follow(self, viewer_id: int, creators: Sequence[int]) -> None:
-        """Adds followed creators. Idempotent."""
+        """Adds followed creators; beyond ``MAX_CHOICES``, forgets those reported longest ago. Idempotent."""
         ...
 
     def is_complete(self) -> bool:

@@ -1,8 +1,8 @@
 """Viewer memory in Redis, read in the same round trip as the viewer's row.
 
-Per viewer: a string of packed shown videos, a string of filter bits per generation, a set of blocks
-and a set of followed creators. Each write of
-one viewer is one command, so routers may write at the same time.
+Per viewer: a string of packed shown videos, a string of filter bits per generation, and two sets sorted by the time of
+the report, of blocks and of followed creators. Each write of one viewer is one command or one transaction, so routers
+may write at the same time.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from reelway.platform.errors import StorageError
 from reelway.platform.features.viewer_memory import (
     F64,
     I64,
+    MAX_CHOICES,
     SHOWN_ENTRY,
     ShownSlate,
     ViewerMemoryState,
@@ -91,8 +92,8 @@ class RedisViewerMemory:
         generations = live_generations(self._clock())
         pipe.get(_shown_key(viewer_id))
         pipe.mget([_watched_key(viewer_id, generation) for generation in generations])
-        pipe.smembers(_blocked_key(viewer_id))
-        pipe.smembers(_followed_key(viewer_id))
+        pipe.zrange(_blocked_key(viewer_id), 0, -1)
+        pipe.zrange(_followed_key(viewer_id), 0, -1)
         return generations
 
     def decode(self, generations: range, answers: Sequence[Any]) -> ViewerMemoryState:
@@ -129,12 +130,12 @@ class RedisViewerMemory:
     def block(self, viewer_id: int, *, creators: Sequence[int] = (), topics: Sequence[int] = ()) -> None:
         if members := [f"c{creator}" for creator in creators] + [f"t{topic}" for topic in topics]:
             with _translated_errors(f"cannot write the blocks of viewer {viewer_id}"):
-                self.client.sadd(_blocked_key(viewer_id), *members)
+                self._add_choices(_blocked_key(viewer_id), members)
 
     def follow(self, viewer_id: int, creators: Sequence[int]) -> None:
         if creators:
             with _translated_errors(f"cannot write the followed creators of viewer {viewer_id}"):
-                self.client.sadd(_followed_key(viewer_id), *[int(creator) for creator in creators])
+                self._add_choices(_followed_key(viewer_id), [int(creator) for creator in creators])
 
     def is_complete(self) -> bool:
         with _translated_errors("cannot read the marker"):
@@ -143,6 +144,13 @@ class RedisViewerMemory:
     def mark_complete(self) -> None:
         with _translated_errors("cannot write the marker"):
             self.client.set(_MARKER, 1)
+
+    def _add_choices(self, key: str, members: Sequence[str | int]) -> None:
+        now_s = self._clock()
+        with self.client.pipeline(transaction=True) as pipe:
+            pipe.zadd(key, dict.fromkeys(members, now_s))
+            pipe.zremrangebyrank(key, 0, -MAX_CHOICES - 1)
+            pipe.execute()
 
     def _append(self, packed: Sequence[tuple[int, bytes]], *, restored: bool) -> None:
         oldest_s = oldest_shown_s(self._clock())
