@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 from tests.support.release_files import make_release_folder
 
 from reelway.platform.contracts.blend import MAX_SHOWN_VIDEOS, RetrievalSettings
-from reelway.platform.errors import StorageError
+from reelway.platform.errors import MalformedFileError, StorageError
 from reelway.platform.features.viewer_memory import NO_MEMORY, ShownSlate, ViewerMemoryState
 from reelway.platform.features.viewer_memory_sqlite import SqliteViewerMemory
 from reelway.serving.metrics import ShownMemoryMetrics
@@ -31,6 +31,7 @@ class ControlledMemory(SqliteViewerMemory):
     def __init__(self, path: Path) -> None:
         super().__init__(path, lambda: NOW_S)
         self.fails = False
+        self.failure: Exception = StorageError("the disk is full")
         self.gate = threading.Event()
         self.gate.set()
         self.attempted = threading.Event()
@@ -41,7 +42,7 @@ class ControlledMemory(SqliteViewerMemory):
         self.attempted.set()
         assert self.gate.wait(WAIT_S)
         if self.fails:
-            raise StorageError("the disk is full")
+            raise self.failure
         super().remember_slates(slates)
 
 
@@ -124,10 +125,13 @@ def test_waiting_slates_are_written_together(shown: ShownMemory, store: Controll
     assert ids(store.read(1)) == list(range(40))
 
 
+@pytest.mark.parametrize(
+    "failure", [StorageError("full"), MalformedFileError("memory.db", "a SQLite file", seen=b""), ValueError("a bug")]
+)
 def test_failed_write_is_counted_and_repeated(
-    shown: ShownMemory, store: ControlledMemory, registry: CollectorRegistry
+    shown: ShownMemory, store: ControlledMemory, registry: CollectorRegistry, failure: Exception
 ) -> None:
-    store.fails = True
+    store.fails, store.failure = True, failure
     shown.remember(1, [10], NOW_S)
     assert store.attempted.wait(WAIT_S)
     shown.remember(1, [11], NOW_S)
@@ -208,3 +212,14 @@ def test_written_slates_do_not_displace_older_videos(
     assert len(state.shown_ids) == 80
     policy = RetrievalSettings(shown_videos=40)
     assert exclusions_of(state, policy, NOW_S + 10, table).shown_rows.tolist() == list(range(40))
+
+
+def test_slates_not_written_at_the_end_are_counted(
+    shown: ShownMemory, store: ControlledMemory, registry: CollectorRegistry
+) -> None:
+    store.fails = True
+    for video in range(3):
+        shown.remember(1, [video], NOW_S)
+    shown.close(0.2)
+    assert not shown._writer.is_alive()
+    assert counted(registry, "reelway_ingress_memory_lost_total") == 3

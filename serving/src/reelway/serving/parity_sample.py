@@ -76,6 +76,11 @@ class ParitySampler:
         )
         self._thread.submit(self._write, vector)
 
+    def close(self) -> None:
+        """Writes the samples that wait, and closes the log; blocks."""
+        self._thread.shutdown()
+        self._vectors.close()
+
     def _gathered(self, table: VideoTable, rows: Rows, now_s: float) -> tuple[list[list[float]], float | None]:
         """Returns the videos' features and the time of the overlay that they are from, both of one table version."""
         while True:

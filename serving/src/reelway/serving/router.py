@@ -179,10 +179,12 @@ class Router:
         return await self._dependencies.outcomes.accept(request)
 
     def close(self) -> None:
-        """Appends the exposures and outcomes that are still queued; blocks."""
+        """Appends the exposures and outcomes that are still queued, and writes the shown videos; blocks."""
         for writer in (self._dependencies.exposures, self._dependencies.outcomes):
             if writer:
                 writer.close()
+        if self._shown:
+            self._shown.close()
 
     def count_lost_exposure(self, exposure: SlateExposure) -> None:
         """Counts a slate that was served and is not in the event log."""

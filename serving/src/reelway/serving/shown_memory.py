@@ -17,7 +17,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from reelway.platform.contracts.blend import MAX_SHOWN_VIDEOS
-from reelway.platform.errors import StorageError
+from reelway.platform.errors import ReelwayError
 from reelway.platform.features.viewer_memory import I64, ShownSlate, ViewerMemory, ViewerMemoryState
 from reelway.serving.metrics import ShownMemoryMetrics
 
@@ -120,12 +120,15 @@ class ShownMemory:
             return self._changed.wait_for(lambda: not self._unwritten and not self._is_writing, timeout_s)
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Ends the thread after what waits is written, or after the timeout."""
+        """Ends the thread after what waits is written, or after the timeout; then the rest is lost and counted."""
         self.flush(timeout_s)
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
         self._writer.join(timeout_s)
+        with self._changed:
+            self._metrics.lost.inc(len(self._unwritten))
+            self._unwritten.clear()
 
     def _forget_old(self) -> None:
         oldest_s = self._clock() - RECENT_S
@@ -147,9 +150,12 @@ class ShownMemory:
                 self._is_writing = True
             try:
                 self._memory.remember_slates(batch)
-            except StorageError as error:
+            except Exception as error:  # of whatever kind: the thread must go on
                 self._metrics.faults.labels("write").inc()
-                log.warning("shown videos not written, repeated in %.1f s: slates=%d: %s", retry_s, len(batch), error)
+                log.warning(
+                    "shown videos not written, repeated in %.1f s: slates=%d: %s", retry_s, len(batch), error,
+                    exc_info=not isinstance(error, ReelwayError),
+                )  # fmt: skip
                 self._keep(batch, retry_s)
                 retry_s = min(2 * retry_s, _LAST_RETRY_S)
             else:

@@ -99,6 +99,10 @@ class SampledVectors(ABC):
         return True
 
     @abstractmethod
+    def close(self) -> None:
+        """Stores what still waits. A second call does nothing."""
+
+    @abstractmethod
     def _store(self, line: bytes) -> None: ...
 
 
@@ -119,6 +123,9 @@ class VectorLog(SampledVectors):
         self.path = path
         self._half_bytes = max_bytes // 2
         self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Does nothing: every line is on disk when ``append`` returns."""
 
     def _store(self, line: bytes) -> None:
         try:

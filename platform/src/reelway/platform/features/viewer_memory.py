@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reelway.platform.contracts.blend import MAX_SHOWN_HOURS, MAX_SHOWN_VIDEOS
+from reelway.platform.errors import DataError
 from reelway.platform.features.watched_filter import FILTER_BYTES
 
 if TYPE_CHECKING:
@@ -82,7 +83,8 @@ class ShownSlate(NamedTuple):
 class ViewerMemory(Protocol):
     """A store of all viewers' memories. Threads and processes may share it; every call is atomic for one viewer.
 
-    Every method blocks and raises ``StorageError`` if the store cannot be read or written.
+    Every method blocks and raises ``StorageError`` if the store cannot be read or written, or ``DataError`` if what it
+    holds of the viewer is damaged.
     """
 
     def read(self, viewer_id: int) -> ViewerMemoryState:
@@ -175,13 +177,21 @@ def memory_state(
         creators: blocked creators.
         topics: blocked topics.
         followed: followed creators.
+
+    Raises:
+        DataError: if a filter is longer than a filter can be.
     """
     entries = np.frombuffer(packed, dtype=SHOWN_ENTRY, count=len(packed) // SHOWN_ENTRY.itemsize)
     generations, watched = NO_IDS, NO_FILTERS
     if stored := [(generation, bits) for generation, bits in filters if bits]:
         generations = np.array([generation for generation, _ in stored], dtype=np.int64)
         watched = np.zeros((len(stored), FILTER_BYTES), dtype=np.uint8)
-        for filter_, (_, bits) in zip(watched, stored, strict=True):
+        for filter_, (generation, bits) in zip(watched, stored, strict=True):
+            if len(bits) > FILTER_BYTES:
+                raise DataError(
+                    f"viewer memory: the filter of generation {generation} has {len(bits)} bytes, expected at most "
+                    f"{FILTER_BYTES}; delete it"
+                )
             filter_[: len(bits)] = np.frombuffer(bits, dtype=np.uint8)
     state = ViewerMemoryState(
         watched=watched,

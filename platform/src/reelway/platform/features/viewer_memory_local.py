@@ -43,7 +43,8 @@ class LocalViewerMemory:
         return memory_state(
             self._shown.get(viewer_id, b""),
             filters,
-            *([id_ for of_kind, id_ in blocked if of_kind == kind] for kind in (_CREATOR, _TOPIC)),
+            [id_ for kind, id_ in blocked if kind == _CREATOR],
+            [id_ for kind, id_ in blocked if kind == _TOPIC],
             self._followed.get(viewer_id, ()),
         )
 

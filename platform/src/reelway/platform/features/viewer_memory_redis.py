@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 
 from reelway.platform.contracts.blend import MAX_SHOWN_HOURS, MAX_SHOWN_VIDEOS, MAX_WATCHED_DAYS
-from reelway.platform.errors import StorageError
+from reelway.platform.errors import DataError, StorageError
 from reelway.platform.features.viewer_memory import (
     F64,
     I64,
@@ -81,7 +81,7 @@ class RedisViewerMemory:
         with _translated_errors(f"cannot read the memory of viewer {viewer_id}"):
             with self.client.pipeline(transaction=False) as pipe:
                 generations = self.add_read(pipe, viewer_id)
-                answers = pipe.execute()
+                answers = pipe.execute(raise_on_error=False)
             return self.decode(generations, answers)
 
     def add_read(self, pipe: Any, viewer_id: int) -> range:
@@ -97,15 +97,24 @@ class RedisViewerMemory:
         return generations
 
     def decode(self, generations: range, answers: Sequence[Any]) -> ViewerMemoryState:
-        """Returns the state from the answers to the commands of ``add_read``."""
+        """Returns the state from the answers to the commands of ``add_read``.
+
+        Raises:
+            DataError: if an answer is an error, such as that a key holds another type, or a value is damaged.
+        """
+        if errors := [answer for answer in answers if isinstance(answer, Exception)]:
+            raise DataError(f"viewer memory: Redis refused to read it: {errors[0]}; delete the viewer's keys")
         packed, filters, blocked, followed = answers
-        return memory_state(
-            packed or b"",
-            [(generation, bits or b"") for generation, bits in zip(generations, filters, strict=True)],
-            [int(member[1:]) for member in blocked if member[:1] == b"c"],
-            [int(member[1:]) for member in blocked if member[:1] == b"t"],
-            [int(member) for member in followed],
-        )
+        try:
+            return memory_state(
+                packed or b"",
+                [(generation, bits or b"") for generation, bits in zip(generations, filters, strict=True)],
+                [int(member[1:]) for member in blocked if member[:1] == b"c"],
+                [int(member[1:]) for member in blocked if member[:1] == b"t"],
+                [int(member) for member in followed],
+            )
+        except ValueError as error:
+            raise DataError(f"viewer memory: it is damaged: {error}; delete the viewer's keys") from error
 
     def remember_shown(self, viewer_id: int, video_ids: Sequence[int] | I64, shown_at_s: float) -> None:
         self.remember_slates([ShownSlate(viewer_id, np.asarray(video_ids, dtype=np.int64), shown_at_s)])
