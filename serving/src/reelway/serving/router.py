@@ -91,6 +91,8 @@ class Router:
         self._metrics = metrics.IngressMetrics(dependencies.registry)
         self._memory_metrics = metrics.ShownMemoryMetrics(dependencies.registry)
         self._shown = ShownMemory(dependencies.memory, self._memory_metrics) if dependencies.memory else None
+        if dependencies.sample:
+            dependencies.sample.report_losses(self._metrics.parity_samples_lost.inc)
         self._mirror = ShadowMirror(metrics.ShadowMetrics(dependencies.registry))
         self._within = CircuitBreaker(dependencies.viewer_row_ms)
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="viewer-row")
