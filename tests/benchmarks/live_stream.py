@@ -154,15 +154,15 @@ def _kill_rows(path: Path, broker: Broker, kills: int) -> list[Row]:
                 _wait_until_passed(broker, events, behind, members)
                 back_s.append(time.monotonic() - killed_at)
                 time.sleep(rng.uniform(2, 6))
-        begin_us, behind_us = stream_clock(run, logs)
-        until_us = time.time_ns() // 1000 - behind_us + 2_000_000
+        clock = stream_clock(run, logs)
+        until_us = time.time_ns() // 1000 - clock.behind_us + 2_000_000
         counts, values = read_rows(broker, prefix_of(events), PARTITIONS, until_us, members.output)
         expected = expected_rows(run, events, path, until_us)
         statuses = [members.stop(name) for name in "ab"]
     if statuses != [0, 0]:
         raise SystemExit(f"members ended with {statuses}\n{members.output()}")
-    written = {key: count for key, count in counts.items() if begin_us < key[2] <= until_us}
-    wanted = {key for key in expected if begin_us < key[2] <= until_us}
+    written = {key: count for key, count in counts.items() if clock.began_us < key[2] <= until_us}
+    wanted = {key for key in expected if clock.began_us < key[2] <= until_us}
     doubled = sum(count - 1 for count in written.values())
     lost, unexpected = len(wanted - set(written)), len(set(written) - wanted)
     unequal = sum(values[key] != expected[key] for key in wanted & set(written))

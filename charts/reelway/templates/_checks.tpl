@@ -236,6 +236,9 @@
 {{- if ne (include "reelway.jobsEnabled" .) "true" }}
 {{- include "reelway.fail" (dict "path" "jobs.runsClaim" "saw" "" "expected" "a claim for the files of a run, because eventLog.address is set, stream.enabled is true and releases.store.type is no volume") }}
 {{- end }}
+{{- if and (eq (include "reelway.parityEnabled" .) "true") (contains "://" $v.jobs.parity.run) }}
+{{- include "reelway.fail" (dict "path" "jobs.parity.run" "saw" $v.jobs.parity.run "expected" "no URL, because stream.enabled is true: the replay needs the clock that the stream writes into the run of jobs.runsClaim") }}
+{{- end }}
 {{- if gt (int $v.stream.replicas) (int $v.eventLog.partitions.viewers) }}
 {{- include "reelway.fail" (dict "path" "stream.replicas" "saw" $v.stream.replicas "expected" (printf "at most eventLog.partitions.viewers, which is %v: further pods would have no partition" $v.eventLog.partitions.viewers)) }}
 {{- end }}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
@@ -38,7 +39,7 @@ from reelway.platform.eventlog.sqlite_log import SqliteLog
 from reelway.platform.eventlog.topics import Topic, open_topic
 from reelway.platform.rollout import metric_names
 from reelway.platform.telemetry import ALLOWED_LABELS
-from reelway.serving.outcomes import EventLogWriter, ExposureWriter, OutcomeCollector
+from reelway.serving.outcomes import EventLogWriter, ExposureWriter, OutcomeCollector, build_outcomes_api
 
 SHOWN = [ShownImpression(i, i % 5, Arm.CANARY if i % 2 else Arm.STABLE, 0.5, i % 8) for i in range(40)]
 DONE = [RawOutcome(one, OutcomeType.WATCH, 20_000.0) for one in SHOWN]
@@ -349,3 +350,13 @@ def test_records_without_rows_are_read_like_others(tmp_path: Path) -> None:
     assert collector.advance() + collector.advance() == 2
     assert b'unreadable_records_total{source="exposures"} 0.0' in collector.metrics_text()
     collector.close()
+
+
+@pytest.mark.parametrize("path", ["/v1/outcomes/metrics", "/v1/outcomes/metrics/", "/metrics", "/"])
+def test_metrics_are_answered_without_a_redirect(tmp_path: Path, path: str) -> None:
+    """Ray Serve passes the whole path as the application's root path."""
+    collector = OutcomeCollector(tmp_path / "sums.db", lambda topic: open_topic(tmp_path / "events", topic))
+    with TestClient(build_outcomes_api(collector), root_path=path.rstrip("/")) as client:
+        answer = client.get(path, follow_redirects=False)
+    assert answer.status_code == 200
+    assert "reelway_outcomes_exposure_total" in answer.text

@@ -190,7 +190,7 @@ def expected_rows(run: RunDirectory, events: str, folder: Path, until_us: int) -
         logs = {topic: stack.enter_context(closing(open_topic(events, topic))) for topic in TOPICS}
         store = stack.enter_context(closing(SqliteStore(folder / "replay.db")))
         stream = LocalStream(logs, store, None, view_settings(run), view_ttl_us(run), video_facts(run))
-        stream.start(lambda: load_dataset(run), stream_clock(run, logs)[1])
+        stream.start(lambda: load_dataset(run), stream_clock(run, logs).behind_us)
         emitted = []
         while stream.settled_us < until_us:
             emitted += stream.run_micro_batch(wait_s=0.5).emitted

@@ -155,9 +155,10 @@ def serve(
             stack.enter_context(_record(directory, record))
             if controller:
                 stack.enter_context(_background_process(directory, "rollout", "controller"))
+            if live:
+                stack.enter_context(_background_process(directory, "stream", "overlay"))
             if live and options.features_dir:
                 stack.enter_context(_background_process(directory, "stream"))
-                stack.enter_context(_background_process(directory, "stream", "overlay"))
             stdout_console.print(f"serving release {short_id(release_id)} at {service.url}", highlight=False)
             print_status(f"Press Ctrl-C to stop. Try: reelway recommend --url {service.url} --viewer 1")
             _wait_for_interrupt()

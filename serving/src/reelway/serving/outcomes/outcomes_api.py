@@ -1,18 +1,19 @@
-"""``GET /v1/outcomes/metrics``: the sums of exposures and outcomes, for Prometheus or a direct scrape.
-
-Behind Ray Serve's ``route_prefix`` a request has the whole path as its ``root_path`` (ASGI), so every path is answered.
-"""
+"""``GET /v1/outcomes/metrics``: the sums of exposures and outcomes, for Prometheus or a direct scrape."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Final
 
 from fastapi import FastAPI, Response
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from reelway.serving.outcomes.collector import OutcomeCollector
+
+_PATH: Final = "/metrics"
 
 
 def build_outcomes_api(collector: OutcomeCollector, on_close: Callable[[], None] = lambda: None) -> FastAPI:
@@ -30,10 +31,27 @@ def build_outcomes_api(collector: OutcomeCollector, on_close: Callable[[], None]
         await asyncio.to_thread(on_close)
 
     api = FastAPI(title="Reelway outcome sums", version="1", lifespan=lifespan, openapi_url=None)
+    api.add_middleware(_OnePath)
 
-    @api.get("/{path:path}", response_class=Response)
-    async def metrics(path: str) -> Response:  # noqa: ARG001
+    @api.get(_PATH, response_class=Response)
+    async def metrics() -> Response:
         """The rollouts' sufficient statistics."""
         return Response(await asyncio.to_thread(collector.metrics_text), media_type=CONTENT_TYPE_LATEST)
 
     return api
+
+
+class _OnePath:
+    """Routes every request to ``_PATH``.
+
+    Behind Ray Serve's ``route_prefix`` a request has its whole path as ``root_path`` (ASGI). Nothing remains to route
+    by, and Starlette would redirect to a path with a slash, which a scrape does not follow.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope = {**scope, "path": _PATH, "raw_path": _PATH.encode(), "root_path": ""}
+        await self._app(scope, receive, send)

@@ -132,6 +132,29 @@ class _Payload(Serializer):  # type: ignore[misc]
         return value.payload
 
 
+class _MemberApplication(Application):  # type: ignore[misc]
+    """Reports to the metrics which partitions the group assigns to this member."""
+
+    def report_to(self, metrics: StreamMetrics, topic: str) -> None:
+        """Reports the assignments of one topic; the others have the same partitions."""
+        self._metrics, self._reported_topic = metrics, topic
+
+    def _on_assign(self, consumer: Any, topic_partitions: list[Any]) -> None:
+        super()._on_assign(consumer, topic_partitions)
+        self._metrics.record_assignment(self._reported(topic_partitions))
+
+    def _on_revoke(self, consumer: Any, topic_partitions: list[Any]) -> None:
+        self._metrics.record_revocation(self._reported(topic_partitions))
+        super()._on_revoke(consumer, topic_partitions)
+
+    def _on_lost(self, consumer: Any, topic_partitions: list[Any]) -> None:
+        self._metrics.record_revocation(self._reported(topic_partitions))
+        super()._on_lost(consumer, topic_partitions)
+
+    def _reported(self, topic_partitions: list[Any]) -> list[int]:
+        return [one.partition for one in topic_partitions if one.topic == self._reported_topic]
+
+
 class QuixStream:
     """One member. ``application`` is run by the caller, in the main thread.
 
@@ -156,7 +179,8 @@ class QuixStream:
         self._dataset: DatasetState | None = None
         self.read_offsets: dict[tuple[str, int], tuple[int, float]] = {}
         """(topic, partition) -> next offset, and when the last record was read (monotonic seconds)."""
-        self.application = Application(
+        metrics.measure_ages(rules.behind_us, {view: schedule.grid_us for view, schedule in rules.schedules.items()})
+        self.application = _MemberApplication(
             broker_address=_connection(settings),
             consumer_group=f"{settings.prefix}features",
             auto_offset_reset="earliest",
@@ -171,6 +195,7 @@ class QuixStream:
                 "transaction.timeout.ms": SESSION_TIMEOUT_MS,
             },
         )  # fmt: skip
+        self.application.report_to(metrics, settings.prefix + Topic.OUTCOMES)
         self._build()
 
     def _build(self) -> None:
@@ -230,11 +255,7 @@ class QuixStream:
         self._metrics.count_events(done.results)
         if not done.steps:
             return outputs
-        self._metrics.record_progress(
-            time.time_ns() / 1000 - self._rules.behind_us,
-            done.settled_us,
-            {view: schedule.grid_us for view, schedule in self._rules.schedules.items()},
-        )
+        self._metrics.record_progress(done.settled_us, context.partition)
         outputs += self._row_outputs(VIEWER_ROWS, done.rows)
         for view in VIDEO_VIEWS:
             cells = [some for some in done.cells if some.view == view]
