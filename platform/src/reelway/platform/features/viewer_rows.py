@@ -117,7 +117,7 @@ class ViewerRowReader:
         try:
             remembered = memory.read(viewer_id)
         except (StorageError, DataError) as error:
-            log.warning("viewer memory not read: %s", error)
+            log.warning("viewer memory not read: viewer=%d: %s", viewer_id, error)
             remembered = None
         try:
             return StoredViewer(self.read(viewer_id), remembered)
