@@ -89,7 +89,8 @@ class StreamMetrics:
         return (self._now_us() - min(settled_us) // grid_us * grid_us) / SECOND_US if settled_us else 0.0
 
     def record_lag(self, records: Mapping[tuple[str, int], int]) -> None:
-        """Sets the number of unread records by topic and partition."""
+        """Sets the number of unread records by topic and partition; partitions of other members are removed."""
+        self._lag_records.clear()
         for (topic, partition), count in records.items():
             self._lag_records.labels(topic, str(partition)).set(count)
 

@@ -12,11 +12,13 @@ append heartbeats (records without events) to quiet partitions.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+from uuid import uuid4
 
 import numpy as np
 from quixstreams import Application, MessageContext, State, message_context
@@ -47,6 +49,8 @@ from reelway.platform.eventlog import StoredRecord
 from reelway.platform.eventlog.arrow_records import viewer_partitions
 from reelway.platform.eventlog.parked_records import ParkedRecords
 from reelway.platform.eventlog.topics import Topic
+
+log = logging.getLogger(__name__)
 
 COMMIT_INTERVAL_S: Final = 0.5
 """Time between two transactions. Rows are readable after the commit."""
@@ -193,6 +197,7 @@ class QuixStream:
             producer_extra_config={
                 "partitioner": PARTITIONER, "compression.type": "lz4", "linger.ms": 5,
                 "transaction.timeout.ms": SESSION_TIMEOUT_MS,
+                "transactional.id": f"{settings.prefix}features-{uuid4().hex}",  # so that rights can name a prefix
             },
         )  # fmt: skip
         self.application.report_to(metrics, settings.prefix + Topic.OUTCOMES)
@@ -309,6 +314,11 @@ class QuixStream:
         events, parked = read_records(topic, context.topic, [record], self._facts)
         if parked:
             self._metrics.count_parked({parked[0].kind: 1})
+            first = parked[0]
+            log.warning(
+                "records parked: log=%s count=1, the first: partition=%d offset=%d reason=%s",
+                first.log, first.partition, first.offset, first.reason,
+            )  # fmt: skip
             if self._parked is not None:
                 self._parked.park(parked)
         task.add(events)
