@@ -114,14 +114,15 @@ def healthy_live_parts() -> Series:
         'reelway_uploads_refused_total{release="aaaa", kind="unreadable"}', "reelway_stream_faults_total",
         'reelway_stream_parked_records_total{kind="unreadable"}', 'reelway_ingress_memory_faults_total{kind="read"}',
         "reelway_ingress_memory_lost_total", "reelway_outcomes_memory_failures_total",
-        "reelway_outcomes_memory_lost_total",
-        "reelway_catalogue_faults_total",
+        "reelway_outcomes_memory_lost_total", "reelway_catalogue_faults_total", "reelway_uploads_faults_total",
+        "reelway_uploads_unrepaired_total",
     )  # fmt: skip
     return {
         **{name: level(2) for name in ages},
         **{name: grows(0) for name in counters},
         'reelway_stream_lag_records{topic="outcomes", partition="0"}': level(400),
         'reelway_stream_lag_records{topic="outcomes", partition="1"}': level(900),
+        "reelway_stream_viewer_memory_complete": level(1),
         **{f'up{{job="reelway-{part}", instance="a"}}': level(1) for part in ("stream", "overlay", "catalogue")},
     }
 
@@ -148,6 +149,8 @@ FAULTS: Final[list[tuple[str, Mapping[str, list[float]], int]]] = [
     ("ReelwayTakedownsUnreadable", {"reelway_takedowns_unreadable_total": grows(0, 1)}, 6),
     ("ReelwayUploadsBehind", {"reelway_uploads_age_seconds": level(2, 90)}, 6),
     ("ReelwayUploadsRefused", {'reelway_uploads_refused_total{release="aaaa", kind="unreadable"}': grows(0, 1)}, 6),
+    ("ReelwayOverlayWriterFails", {"reelway_uploads_faults_total": grows(0, 2)}, 12),
+    ("ReelwayUploadsUnrepaired", {"reelway_uploads_unrepaired_total": grows(0, 1)}, 6),
     ("ReelwayOverlayStale", {'reelway_overlay_age_seconds{pod="worker", release="aaaa"}': level(2, 90)}, 6),
     ("ReelwayListsStale", {'reelway_retrieval_lists_age_seconds{pod="worker", release="aaaa"}': level(2, 150)}, 6),
     ("ReelwayStreamBehind", {"reelway_stream_lag_seconds": level(2, 90)}, 6),
@@ -158,6 +161,7 @@ FAULTS: Final[list[tuple[str, Mapping[str, list[float]], int]]] = [
     ("ReelwayStreamRecordsParked", {'reelway_stream_parked_records_total{kind="unreadable"}': grows(0, 1)}, 6),
     ("ReelwayViewerMemoryFails", {'reelway_ingress_memory_faults_total{kind="read"}': grows(0, 20)}, 8),
     ("ReelwayViewerMemoryLost", {"reelway_ingress_memory_lost_total": grows(0, 1)}, 6),
+    ("ReelwayViewerMemoryIncomplete", {"reelway_stream_viewer_memory_complete": level(1, 0)}, 14),
     ("ReelwayBlocksNotRemembered", {"reelway_outcomes_memory_failures_total": grows(0, 1)}, 6),
     ("ReelwayBlocksLost", {"reelway_outcomes_memory_lost_total": grows(0, 1)}, 6),
     ("ReelwayCatalogueFails", {"reelway_catalogue_faults_total": grows(0, 5)}, 6),

@@ -15,8 +15,8 @@ from reelway.platform.contracts.manifest import CREATORS_FILE
 from reelway.platform.errors import IncompatibleReleaseError
 from reelway.platform.features.viewer_memory_local import LocalViewerMemory
 from reelway.platform.tokens import TokenSigner
+from reelway.serving.in_process import InProcessRecommender
 from reelway.serving.release_loader import ReleaseLoader
-from reelway.serving.request_path import InProcessRecommender
 from reelway.serving.stages.arrays import ViewerQuery
 from reelway.serving.stages.creator_sources import (
     CreatorVideos,

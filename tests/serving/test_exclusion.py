@@ -241,3 +241,47 @@ def test_policy_limits_what_counts_as_watched(table: VideoTable) -> None:
 def test_shown_video_of_another_release_is_ignored(table: VideoTable) -> None:
     state = ViewerMemoryState(shown_ids=np.array([2**50, int(table.video_id[4])]), shown_at_s=np.array([NOW_S, NOW_S]))
     assert exclusions_of(state, POLICY, NOW_S, table).shown_rows.tolist() == [4]
+
+
+@given(st.lists(st.integers(0, 30), max_size=80), st.integers(0, 40))
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_shown_videos_count_once_against_the_limit(table: VideoTable, shown: list[int], limit: int) -> None:
+    policy = RetrievalSettings(candidates=CANDIDATES, shown_videos=limit)
+    rows = exclusions_of(memory(table, shown), policy, NOW_S, table).shown_rows.tolist()
+    distinct = list(dict.fromkeys(reversed(shown)))[:limit]
+    assert rows == distinct[::-1]
+
+
+@given(st.lists(st.integers(0, 60), max_size=80, unique=True), st.data())
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_bitmap_agrees_with_a_scan_of_the_creators(table: VideoTable, others: list[int], data: st.DataObject) -> None:
+    known = data.draw(st.lists(st.sampled_from(np.unique(table.creator_id.base).tolist()), max_size=40, unique=True))
+    creators = sorted({*known, *(2**52 + other for other in others)})
+    bits = SearchableRows(table).bits(exclusions_of(memory(table, creators=creators), POLICY, NOW_S, table))
+    expected = ~np.isin(table.creator_id.base, creators)
+    if bits is None:
+        assert expected.all()
+    else:
+        assert np.unpackbits(bits, bitorder="little")[:VIDEOS].astype(bool).tolist() == expected.tolist()
+
+
+def test_blocked_creators_are_found_without_a_scan(table: VideoTable) -> None:
+    """With 2,000 scans of the table per request, one viewer who blocks many creators would slow down all others."""
+
+    class CountedColumn(np.ndarray):
+        comparisons = 0
+
+        def __eq__(self, other: Any) -> Any:
+            CountedColumn.comparisons += 1
+            return super().__eq__(other)
+
+    batch = table.creator_id.base
+    table.creator_id.base = batch.view(CountedColumn)
+    try:
+        state = memory(table, creators=np.unique(batch).tolist())
+        bits = SearchableRows(table).bits(exclusions_of(state, POLICY, NOW_S, table))
+    finally:
+        table.creator_id.base = batch
+    assert bits is not None
+    assert not np.unpackbits(bits, bitorder="little")[:VIDEOS].any()
+    assert CountedColumn.comparisons == 0

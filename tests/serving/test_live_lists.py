@@ -12,9 +12,9 @@ from tests.support.release_files import NOW_S, make_release_folder
 
 from reelway.platform.contracts.api import RequestContext
 from reelway.platform.errors import DataError
-from reelway.platform.eventlog.live_lists_file import LISTS_FILE, LiveListsFile, LiveListsSnapshot, RankedIds
+from reelway.platform.eventlog.live_lists_file import LISTS_FILE, MAX_AGE_S, LiveListsFile, LiveListsSnapshot, RankedIds
 from reelway.serving import live_lists
-from reelway.serving.live_lists import MAX_AGE_S, CurrentLists, ListFollower, start_list_follower
+from reelway.serving.live_lists import CurrentLists, ListFollower, start_list_follower
 from reelway.serving.popular import open_popular_lists
 from reelway.serving.release_loader import ReleaseLoader
 from reelway.serving.slates import reason_text

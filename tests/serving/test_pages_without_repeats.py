@@ -216,3 +216,16 @@ def test_slate_stays_full_when_everything_was_shown(service: Service) -> None:
         close(router)
 
     asyncio.run(run())
+
+
+def test_router_that_ends_has_written_its_slates(service: Service, memory: SlowMemory) -> None:
+    async def run() -> None:
+        memory.write_s = 0.2
+        router = await service.router()
+        shown = ids(await page(router, 1))
+        await asyncio.to_thread(router.close)
+        assert memory.read(1).shown_ids.tolist() == shown
+        assert router._shown is not None
+        assert not router._shown._writer.is_alive()
+
+    asyncio.run(run())

@@ -18,9 +18,10 @@ from reelway.platform.contracts.blend import Blend, RerankingSettings, Retrieval
 from reelway.platform.contracts.events import Arm
 from reelway.platform.tokens import TokenSigner
 from reelway.serving.circuit_breaker import CircuitBreaker
+from reelway.serving.in_process import InProcessRecommender
 from reelway.serving.metrics import SHORT_RELEASE, IngressMetrics
 from reelway.serving.release_loader import ReleaseLoader
-from reelway.serving.request_path import InProcessRecommender, LocalStages, run_without_waiting
+from reelway.serving.request_path import LocalStages, run_without_waiting
 from reelway.serving.stages.arrays import F32, SOURCES, Candidates, RankingInput, ScoredCandidates, Slate, ViewerQuery
 from reelway.serving.viewer_query import viewer_query
 

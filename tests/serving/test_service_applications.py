@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -122,3 +123,38 @@ def test_token_secrets_prefer_the_environment_to_the_file(tmp_path: Path, monkey
         read_token_secrets(tmp_path / "nothing")
     with pytest.raises(ConfigError, match=SECRET_VARIABLE):
         read_token_secrets(None)
+
+
+@pytest.mark.ray
+def test_router_that_ends_stops_its_threads_and_keeps_its_sample(tmp_path: Path) -> None:
+    program = f"""
+import threading, time
+from pathlib import Path
+from reelway.platform.features.vector_log import ServedVector
+from reelway.platform.rollout.traffic.serving_options import RouterArgs
+from reelway.serving.deployments.applications import RouterDeployment
+
+folder = Path({str(tmp_path)!r})
+router = RouterDeployment(RouterArgs(
+    release_store="releases", release_cache=folder, public_keys=folder, events=str(folder / "events"),
+    vector_log=(folder / "vectors").as_uri(), parity_ratio=1.0,
+))
+sample = router._dependencies.sample
+sample._thread.submit(sample._write, ServedVector(1, 7, 1.5, "tv", "abc", {{}}, [])).result()
+running = {{thread.name for thread in threading.enumerate()}}
+assert {{"takedowns", "vector-segments"}} <= running, running
+router.close()
+(takedowns,) = [thread for thread in threading.enumerate() if thread.name == "takedowns"] or [threading.Thread()]
+if takedowns.ident:
+    takedowns.join(30)
+names = {{thread.name for thread in threading.enumerate()}}
+assert not names & {{"takedowns", "vector-segments", "parity-sample_0"}}, names
+print(sum(path.read_text().count("\\n") for path in folder.glob("vectors/*/*.jsonl")))
+router.close()
+"""
+    environment = os.environ | {SECRET_VARIABLE: "a secret of the tests"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["1"]

@@ -6,6 +6,7 @@ import itertools
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,11 +21,12 @@ from tests.support.serving.feature_changes import change, rows_of
 from tests.support.serving.takedowns import follower, publish, takedown
 from tests.support.serving.uploads import make_run, overlay_writer, upload, writer_options
 
-from reelway.pipelines.features.stream.overlay_writer import OverlayWriter, run_overlay_writer
+from reelway.pipelines.features.stream.overlay_writer import OverlayWriter, OverlayWriterMetrics, run_overlay_writer
 from reelway.platform.contracts.api import RecommendRequest
 from reelway.platform.contracts.blend import Blend, RerankingSettings, RetrievalSettings
 from reelway.platform.contracts.events import Arm
 from reelway.platform.contracts.feature_names import VIDEO_LIVE_DENSE
+from reelway.platform.errors import StorageError
 from reelway.platform.eventlog.feature_changelog import CREATORS, ENGAGEMENT, FeatureChange, FeatureChangelog
 from reelway.platform.eventlog.upload_overlay import OverlayRequests, UploadChangelog
 from reelway.platform.run_directory import RunDirectory
@@ -284,6 +286,46 @@ def test_refused_uploads_are_counted_and_block_nothing(run: RunDirectory, replic
     assert registry.get_sample_value("reelway_uploads_faults_total") == 1
     replica.poll()
     assert replica.table.video_id.added.tolist() == [3, 4]
+
+
+def test_age_grows_while_a_requested_release_is_not_written(run: RunDirectory, replica: Replica) -> None:
+    registry, now_s = CollectorRegistry(), [time.time()]
+    requests, missing = OverlayRequests(run.overlay), "f" * 64
+
+    def age_s() -> float | None:
+        return registry.get_sample_value("reelway_uploads_age_seconds")
+
+    requests.request(replica.loader.release_id(), now_s[0])
+    with closing(OverlayWriter(writer_options(run), OverlayWriterMetrics(registry), lambda: now_s[0])) as writer:
+        writer.step()
+        assert age_s() == 0
+        now_s[0] += 7
+        assert age_s() == 7  # the writer does not step
+        writer.step()
+        assert age_s() == 0
+        requests.request(missing, now_s[0])
+        now_s[0] += 7
+        writer.step()
+        writer.step()
+        assert age_s() == 7
+        (run.overlay / missing / "requested").unlink()
+        now_s[0] += 7
+        writer.step()
+        assert age_s() == 0
+
+
+def test_age_grows_while_the_catalogue_cannot_be_read(writer: OverlayWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    age = writer._metrics.age
+    writer.step()
+    monkeypatch.setattr(writer._uploads, "step", _fail_to_read)
+    now_s = time.time()
+    writer._clock = lambda: now_s + 30
+    assert writer.step() == 0
+    assert 29 < age.collect()[0].samples[0].value < 31
+
+
+def _fail_to_read() -> None:
+    raise StorageError("no broker")
 
 
 def test_upsert_that_the_release_has_already_gets_no_row(writer: OverlayWriter, replica: Replica) -> None:

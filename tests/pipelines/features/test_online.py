@@ -20,7 +20,7 @@ from reelway.pipelines.features.parity.comparison import same_value
 from reelway.pipelines.features.registry import register_features
 from reelway.pipelines.features.training_rows import viewer_snapshot
 from reelway.platform.contracts.feature_names import VIEWER_SERVICE, VIEWER_VIEWS, VIEWS
-from reelway.platform.errors import FeatureError
+from reelway.platform.errors import DataError, FeatureError
 from reelway.platform.features.feast_store import open_feature_store
 from reelway.platform.features.viewer_memory import MEMORY_FILE, open_viewer_memory
 from reelway.platform.features.viewer_rows import AS_OF, ViewerRowReader, Views, _decode_value, _PerViewReader
@@ -161,3 +161,48 @@ def test_row_and_memory_are_read_from_sqlite(built, tmp_path) -> None:
     memory._read.connection.close()
     assert reader.read_viewer(501).memory is None  # the row alone
     assert ViewerRowReader(store).read_viewer(501).memory is None
+
+
+@pytest.mark.redis
+@pytest.mark.parametrize("part", ["shown", "watched", "blocked", "followed"])
+def test_damaged_memory_in_redis_leaves_the_row(built, tmp_path, redis_server, part: str) -> None:
+    run = RunDirectory(tmp_path / "run")
+    shutil.copytree(built.run.path, run.path)
+    store = register_features(run.features, DIMENSIONS, f"redis://{redis_server}/2")
+    materialise(run.features, built.until_s)
+    memory = open_viewer_memory(store)
+    now_s = time.time()
+    memory.remember_shown(503, [1], now_s)
+    memory.remember_watched(np.array([503]), np.array([2]), np.array([now_s]))
+    memory.block(503, creators=[4])
+    memory.follow(503, [4])
+    with redis.Redis.from_url(f"redis://{redis_server}/2") as client:
+        (key,) = client.keys(f"reelway:memory:{part}:503*")
+        kept = client.dump(key)
+        client.delete(key)
+        if part == "watched":
+            client.set(key, b"x" * 10_000)  # longer than a filter
+        else:
+            client.hset(key, "another", "type")
+        try:
+            found = ViewerRowReader(store, memory=memory).read_viewer(503)
+            with pytest.raises(DataError, match="viewer memory"):
+                memory.read(503)
+        finally:
+            client.restore(key, 0, kept, replace=True)
+    assert found.memory is None
+    assert found.row == ViewerRowReader(store).read(503)
+
+
+def test_damaged_memory_in_sqlite_leaves_the_row(built, tmp_path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    shutil.copytree(built.run.path, run.path)
+    store = register_features(run.features, DIMENSIONS, "sqlite")
+    materialise(run.features, built.until_s)
+    memory = open_viewer_memory(store)
+    memory.remember_watched(np.array([501]), np.array([2]), np.array([time.time()]))
+    with memory._written.writing() as db:
+        db.execute("UPDATE watched SET bits = ?", [b"x" * 10_000])
+    reader = ViewerRowReader(store, memory=memory)
+    assert reader.read_viewer(501).memory is None
+    assert reader.read_viewer(501).row == reader.read(501)

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from tests.support.dimensions import DIMENSIONS
 from tests.support.eventlog.kafka_broker import Broker
 
+from reelway.platform.errors import StorageError
 from reelway.platform.eventlog.catalogue_events import (
     Restore,
     Takedown,
@@ -27,8 +28,9 @@ from reelway.platform.eventlog.catalogue_events import (
     parse_change,
 )
 from reelway.platform.eventlog.catalogue_log import CataloguePublisher, VersionGuard, is_at
-from reelway.platform.eventlog.event_log import LogRecord, Offsets, StoredRecord
+from reelway.platform.eventlog.event_log import LogRecord, Offsets, ReadBatch, StoredRecord
 from reelway.platform.eventlog.kafka_log import KafkaLog
+from reelway.platform.eventlog.sqlite_log import SqliteLog
 from reelway.platform.eventlog.topics import Topic, open_topic
 
 UPLOAD = {
@@ -120,10 +122,10 @@ def test_guard_appends_the_newest_version_after_an_older_one(tmp_path: Path) -> 
     with closing(open_topic(tmp_path, Topic.TAKEDOWNS)) as takedowns:
         guard = VersionGuard(takedowns, decode_status_changes)
         takedowns.append([as_record(new, 1)])
-        assert guard.step() == (1, 0)
+        assert guard.step() == (1, 0, 0)
         takedowns.append([as_record(old, 1), LogRecord("x", 0, b"not json"), as_record(old, 1)])
-        assert guard.step() == (3, 1)
-        assert guard.step() == (1, 0)
+        assert guard.step() == (3, 1, 0)
+        assert guard.step() == (1, 0, 0)
         last = takedowns.read({0: 5}, limit=10).records
     assert [change for change, _ in [decode_status_changes(last)]] == [[new]]
 
@@ -142,6 +144,83 @@ def test_publisher_reads_back_the_takedowns_in_effect(tmp_path: Path) -> None:
         state = publisher.read_takedowns()
         assert [change.key for change in state.takedowns()] == ["creator:3"]
         assert publisher.end_offsets() == {Topic.CATALOGUE: {0: 2}, Topic.TAKEDOWNS: {0: 5}}
+
+
+class HesitantLog(SqliteLog):
+    """A log whose next reads find nothing, as Kafka's do while a partition has no leader."""
+
+    empty_reads = 0
+
+    def read(self, position: Offsets, *, limit: int, wait_s: float = 0.0) -> ReadBatch:
+        if not self.empty_reads:
+            return super().read(position, limit=limit, wait_s=wait_s)
+        self.empty_reads -= 1
+        return ReadBatch([], position, 0)
+
+
+def test_takedowns_are_read_to_the_end_or_not_at_all(tmp_path: Path) -> None:
+    with closing(CataloguePublisher(tmp_path)) as publisher:
+        publisher.publish([Takedown(video_id=1, reason="spam", version=1)])
+        with closing(HesitantLog(tmp_path / "takedowns.db")) as hesitant:
+            publisher._logs[Topic.TAKEDOWNS].close()
+            publisher._logs[Topic.TAKEDOWNS] = hesitant
+            hesitant.empty_reads = 3
+            assert [change.key for change in publisher.read_takedowns().takedowns()] == ["video:1"]
+            hesitant.empty_reads = 1_000
+            with pytest.raises(StorageError, match="nothing can be read after"):
+                publisher.read_takedowns()
+
+
+def test_takedowns_are_read_without_deleted_last_records(tmp_path: Path) -> None:
+    with closing(SqliteLog(tmp_path / "takedowns.db", retain_s=-60.0)) as takedowns:
+        takedowns.append([LogRecord("x", 0, b"")])
+        assert takedowns.apply_retention() == 1
+    with closing(CataloguePublisher(tmp_path)) as publisher:
+        assert publisher.read_takedowns().takedowns() == []
+
+
+class TwoPartitions(SqliteLog):
+    """The file's records are of partition 1. Partition 0 gets some after its end was asked for; they are read first."""
+
+    partitions = 2
+    busy_reads = 0
+
+    def end_offsets(self) -> Offsets:
+        self.busy_reads = 3
+        return {0: 0, 1: super().end_offsets()[0]}
+
+    def read(self, position: Offsets, *, limit: int, wait_s: float = 0.0) -> ReadBatch:
+        if self.busy_reads:
+            self.busy_reads -= 1
+            others = [Takedown(video_id=9, reason="law", version=9).payload()]
+            return ReadBatch(stored(others), {**position, 0: position.get(0, 0) + 1}, 0)
+        read = super().read({0: position.get(1, 1)}, limit=limit, wait_s=wait_s)
+        moved = [record._replace(partition=1) for record in read.records]
+        return ReadBatch(moved, {0: position.get(0, 0), 1: read.next_offsets[0]}, read.watermark_us)
+
+
+def test_guard_repairs_a_key_while_other_partitions_grow(tmp_path: Path) -> None:
+    new, old = (Takedown(video_id=7, reason="spam", version=version) for version in (2, 1))
+    with closing(TwoPartitions(tmp_path / "takedowns.db")) as takedowns:
+        guard = VersionGuard(takedowns, decode_status_changes)
+        takedowns.append([as_record(new, 1)])
+        while not guard.is_at_end:
+            guard.step()
+        takedowns.append([as_record(old, 1)])
+        assert guard.step() == (1, 1, 0)
+        last = takedowns.read({1: 3}, limit=10).records
+    assert decode_status_changes(last)[0] == [new]
+
+
+def test_guard_counts_a_record_that_is_gone(tmp_path: Path) -> None:
+    new, old = (Takedown(video_id=7, reason="spam", version=version) for version in (2, 1))
+    with closing(SqliteLog(tmp_path / "takedowns.db", retain_s=-60.0)) as takedowns:
+        guard = VersionGuard(takedowns, decode_status_changes)
+        takedowns.append([as_record(new, 1)])
+        guard.step()
+        takedowns.append([as_record(old, 1)])
+        assert takedowns.apply_retention() == 1
+        assert guard.step() == (1, 0, 1)
 
 
 @pytest.mark.kafka

@@ -17,6 +17,7 @@ from reelway.platform.contracts.blend import MAX_SHOWN_HOURS, MAX_SHOWN_VIDEOS, 
 from reelway.platform.errors import StorageError
 from reelway.platform.features import viewer_memory_sqlite
 from reelway.platform.features.viewer_memory import (
+    MAX_CHOICES,
     ShownSlate,
     ViewerMemory,
     ViewerMemoryState,
@@ -239,7 +240,7 @@ def test_another_version_of_the_file_is_rejected(tmp_path: Path) -> None:
         db.execute("PRAGMA user_version = 99")
     with pytest.raises(StorageError, match="delete the file; the stream rebuilds it"):
         SqliteViewerMemory(tmp_path / "memory.db")
-    assert viewer_memory_sqlite._FORMAT.version == 1
+    assert viewer_memory_sqlite._FORMAT.version == 2
 
 
 @pytest.mark.redis
@@ -262,3 +263,25 @@ def test_unreachable_redis_raises_a_storage_error() -> None:
         memory.read(5)
     with pytest.raises(StorageError, match="cannot write shown videos"):
         memory.remember_shown(5, [1], NOW_S)
+
+
+def test_only_the_choices_reported_last_are_kept(memory: ViewerMemory, clock: VirtualClock) -> None:
+    viewer, other = next(VIEWERS), next(VIEWERS)
+    memory.block(other, creators=[1])
+    memory.follow(other, [1])
+    creators = list(range(1, MAX_CHOICES + 101))
+    for first in range(0, len(creators), 100):
+        clock.now_s += 1
+        memory.block(viewer, creators=creators[first : first + 100])
+        memory.follow(viewer, creators[first : first + 100])
+    clock.now_s += 1
+    memory.block(viewer, creators=[150], topics=[7])  # 150 is now among the newest
+    memory.follow(viewer, [150, 5_000])
+    clock.now_s += 1
+    memory.block(viewer, creators=list(range(10_000, 10_000 + MAX_CHOICES - 2)))
+    memory.follow(viewer, list(range(10_000, 10_000 + MAX_CHOICES - 2)))
+    state = memory.read(viewer)
+    assert state.blocked_creators.tolist() == [150, *range(10_000, 10_000 + MAX_CHOICES - 2)]
+    assert state.blocked_topics.tolist() == [7]
+    assert state.followed_creators.tolist() == [150, 5_000, *range(10_000, 10_000 + MAX_CHOICES - 2)]
+    assert memory.read(other).blocked_creators.tolist() == memory.read(other).followed_creators.tolist() == [1]

@@ -211,3 +211,25 @@ def test_largest_append_is_one_record(tmp_path: Path) -> None:
     (record,) = log.read({}, limit=10).records
     log.close()
     assert len(record.payload) < log.max_record_bytes / 2
+
+
+def test_shutdown_waits_for_one_failed_append_only(tmp_path: Path) -> None:
+    """Each append to a broker that is down takes its whole timeout; the replica would be killed before the last."""
+    attempts: list[int] = []
+
+    class UnreachableLog(SqliteLog):
+        def append(self, records: Sequence[LogRecord]) -> list[int]:
+            attempts.append(len(records))
+            time.sleep(0.1)
+            raise StorageError("no broker")
+
+    lost: list[int] = []
+    log = UnreachableLog(tmp_path / "exposures.db")
+    writer = ExposureWriter(
+        lambda: log, lambda slate: lost.append(slate.request_id), retry_delay_s=60.0, max_queued_rows=100_000
+    )
+    for request in range(40):
+        writer.record(slate(request, videos=1_000))
+    writer.close()
+    assert sorted(lost) == list(range(40)), "14 batches"
+    assert len(attempts) <= 3

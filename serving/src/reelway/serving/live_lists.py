@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry
 
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.errors import ReelwayError
-from reelway.platform.eventlog.live_lists_file import POPULAR, TRENDING, LiveListsFile, LiveListsSnapshot
+from reelway.platform.eventlog.live_lists_file import MAX_AGE_S, POPULAR, TRENDING, LiveListsFile, LiveListsSnapshot
 from reelway.platform.telemetry import counter, gauge
 from reelway.serving.popular import ListRows, PopularLists
 from reelway.serving.stages.arrays import Rows
@@ -28,7 +28,6 @@ from reelway.serving.video_table import ABSENT, VideoTable
 
 log = logging.getLogger(__name__)
 
-MAX_AGE_S: Final = 600.0
 POLL_INTERVAL_S: Final = 1.0
 MISSING, STALE = "missing", "stale"
 

@@ -179,6 +179,12 @@ class IngressMetrics:
         self.exposures_lost = counter(
             metric_names.EXPOSURES_LOST, "Slates that were served and are not in the event log.", both, registry
         )
+        self.parity_samples_lost = counter(
+            "reelway_ingress_parity_samples_lost_total",
+            "Samples for the parity replay that could not be written.",
+            [],
+            registry,
+        )
         self.withheld = counter(
             "reelway_ingress_withheld_videos_total",
             "Videos that the last check removed from a slate: taken down, replaced, or not read yet.",

@@ -1,14 +1,16 @@
 """Logs a sample of the served features for the parity replay: the viewer's row and the videos' rows as used.
 
-A thread writes the log, so no response waits for it. If the disk is full, samples are lost and slates are not.
+A thread writes the log, so no response waits for it. If the disk is full or too slow, samples are lost and counted, and
+slates are not.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
-from typing import Any
+from typing import Any, Final
 
 from reelway.platform.contracts.api import RecommendRequest
 from reelway.platform.contracts.feature_names import VIDEO_DENSE
@@ -19,13 +21,27 @@ from reelway.serving.video_table import VideoTable
 
 log = logging.getLogger(__name__)
 
+MAX_WAITING: Final = 1_000
+"""Samples that may wait for the log: about 20 MB."""
+
 
 class ParitySampler:
-    """Writes the served features of sampled requests to the vector log."""
+    """Writes the served features of sampled requests to the vector log.
 
-    def __init__(self, vectors: SampledVectors, thread: Executor) -> None:
+    Args:
+        thread: writes the samples, one after the other.
+        max_waiting: samples that may wait for the thread; further samples are lost.
+    """
+
+    def __init__(self, vectors: SampledVectors, thread: Executor, *, max_waiting: int = MAX_WAITING) -> None:
         self._vectors = vectors
         self._thread = thread
+        self._places = threading.BoundedSemaphore(max_waiting)
+        self._closed = False
+
+    def report_losses(self, on_lost: Callable[[int], None]) -> None:
+        """Lets ``on_lost`` be called with the number of samples that were lost, by any thread."""
+        self._vectors.on_lost = on_lost
 
     def offer(
         self,
@@ -74,7 +90,16 @@ class ParitySampler:
             videos_as_of_s=videos_as_of_s if live_as_of_s is None else live_as_of_s,
             served_at_s=served_at_s,
         )
+        if self._closed or not self._places.acquire(blocking=False):
+            self._vectors.on_lost(1)
+            return
         self._thread.submit(self._write, vector)
+
+    def close(self) -> None:
+        """Writes the samples that wait, and closes the log; blocks."""
+        self._closed = True
+        self._thread.shutdown()
+        self._vectors.close()
 
     def _gathered(self, table: VideoTable, rows: Rows, now_s: float) -> tuple[list[list[float]], float | None]:
         """Returns the videos' features and the time of the overlay that they are from, both of one table version."""
@@ -87,5 +112,8 @@ class ParitySampler:
     def _write(self, vector: ServedVector) -> None:
         try:
             self._vectors.append(vector)
-        except StorageError as error:
-            log.warning("parity sample lost: %s", error)
+        except Exception as error:  # of whatever kind: nobody reads the result of the thread
+            log.warning("parity sample lost: %s", error, exc_info=not isinstance(error, StorageError))
+            self._vectors.on_lost(1)
+        finally:
+            self._places.release()

@@ -33,12 +33,13 @@ from reelway.platform.release.store import ReleaseStore
 from reelway.platform.release.verify import read_blend, read_calibration
 from reelway.platform.rollout.traffic.serving_options import ReleaseArgs
 from reelway.platform.tokens import TokenSigner
+from reelway.serving.in_process import InProcessRecommender
 from reelway.serving.live_lists import CurrentLists, start_list_follower
 from reelway.serving.live_overlay import start_follower
 from reelway.serving.metrics import IngressMetrics
 from reelway.serving.onnx_model import OnnxModel
 from reelway.serving.popular import open_popular_lists
-from reelway.serving.request_path import InProcessRecommender, LocalStages, RouterRelease
+from reelway.serving.request_path import LocalStages, RouterRelease
 from reelway.serving.stages.creator_sources import (
     FollowedCreatorsSource,
     SimilarCreatorsSource,

@@ -27,21 +27,17 @@ A mirrored request (arm ``shadow``) runs the same stages, but has no response: n
 
 from __future__ import annotations
 
-import time
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, Protocol, TypeVar
-
-from prometheus_client import CollectorRegistry
 
 from reelway.platform.contracts.api import Degradation, RecommendedVideo, RecommendRequest, RecommendResponse
 from reelway.platform.contracts.blend import RetrievalSettings
 from reelway.platform.contracts.events import Arm
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.errors import ServingError
-from reelway.platform.features.viewer_memory import NO_MEMORY, ViewerMemory, ViewerMemoryState
-from reelway.platform.features.viewer_memory_local import LocalViewerMemory
+from reelway.platform.features.viewer_memory import NO_MEMORY, ViewerMemoryState
 from reelway.platform.tokens import TokenSigner
 from reelway.serving.circuit_breaker import CircuitBreaker
 from reelway.serving.live_lists import CurrentLists
@@ -367,38 +363,6 @@ class UnavailableStages:
 
     async def rerank(self, candidates: ScoredCandidates) -> Slate:  # noqa: ARG002
         raise TimeoutError("the whole path is late")
-
-
-class InProcessRecommender:
-    """The whole path in one process, called without an event loop.
-
-    Benchmarks use it as the floor, and evaluation calls it in a closed loop.
-
-    Args:
-        memory: what viewers were shown; by default a memory of this process, in the time of the requests.
-    """
-
-    def __init__(
-        self,
-        router_release: RouterRelease,
-        stages: Stages,
-        signer: TokenSigner,
-        metrics: IngressMetrics | None = None,
-        memory: ViewerMemory | None = None,
-    ):
-        self._now_s = 0.0
-        self._memory = LocalViewerMemory(lambda: self._now_s) if memory is None else memory
-        self._path = RequestPath(router_release, stages, signer, metrics or IngressMetrics(CollectorRegistry()))
-
-    def recommend(
-        self, request: RecommendRequest, viewer_row: Mapping[str, Any] | None, now_s: float | None = None
-    ) -> RecommendResponse:
-        """Returns one slate; see ``RequestPath.recommend``. ``now_s`` defaults to the clock's time."""
-        self._now_s = time.time() if now_s is None else now_s
-        memory = self._memory.read(request.viewer_id)
-        recommendation = run_without_waiting(self._path.recommend(request, viewer_row, self._now_s, memory=memory))
-        self._memory.remember_shown(request.viewer_id, recommendation.exposure.video_id, self._now_s)
-        return recommendation.response
 
 
 def run_without_waiting(work: Coroutine[Any, Any, T]) -> T:

@@ -91,6 +91,8 @@ class Router:
         self._metrics = metrics.IngressMetrics(dependencies.registry)
         self._memory_metrics = metrics.ShownMemoryMetrics(dependencies.registry)
         self._shown = ShownMemory(dependencies.memory, self._memory_metrics) if dependencies.memory else None
+        if dependencies.sample:
+            dependencies.sample.report_losses(self._metrics.parity_samples_lost.inc)
         self._mirror = ShadowMirror(metrics.ShadowMetrics(dependencies.registry))
         self._within = CircuitBreaker(dependencies.viewer_row_ms)
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="viewer-row")
@@ -179,10 +181,12 @@ class Router:
         return await self._dependencies.outcomes.accept(request)
 
     def close(self) -> None:
-        """Appends the exposures and outcomes that are still queued; blocks."""
+        """Appends the exposures and outcomes that are still queued, and writes the shown videos; blocks."""
         for writer in (self._dependencies.exposures, self._dependencies.outcomes):
             if writer:
                 writer.close()
+        if self._shown:
+            self._shown.close()
 
     def count_lost_exposure(self, exposure: SlateExposure) -> None:
         """Counts a slate that was served and is not in the event log."""

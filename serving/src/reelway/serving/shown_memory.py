@@ -16,7 +16,8 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from reelway.platform.errors import StorageError
+from reelway.platform.contracts.blend import MAX_SHOWN_VIDEOS
+from reelway.platform.errors import ReelwayError
 from reelway.platform.features.viewer_memory import I64, ShownSlate, ViewerMemory, ViewerMemoryState
 from reelway.serving.metrics import ShownMemoryMetrics
 
@@ -34,6 +35,28 @@ _LAST_RETRY_S: Final = 5.0
 class _RecentSlate(NamedTuple):
     slate: ShownSlate
     added_s: float
+
+
+class _ViewerSlates:
+    """The recent slates of one viewer, oldest first: those with the newest ``MAX_SHOWN_VIDEOS`` videos."""
+
+    def __init__(self) -> None:
+        self.slates: deque[ShownSlate] = deque()
+        self._videos = 0
+
+    def add(self, slate: ShownSlate) -> None:
+        self.slates.append(slate)
+        self._videos += len(slate.video_ids)
+        while self._videos - len(self.slates[0].video_ids) >= MAX_SHOWN_VIDEOS:
+            self._remove_oldest()
+
+    def forget(self, slate: ShownSlate) -> None:
+        """Removes the viewer's oldest slate, unless newer slates have replaced it already."""
+        if self.slates and self.slates[0] is slate:
+            self._remove_oldest()
+
+    def _remove_oldest(self) -> None:
+        self._videos -= len(self.slates.popleft().video_ids)
 
 
 class ShownMemory:
@@ -58,7 +81,7 @@ class ShownMemory:
         self._max_slates = max_slates
         self._clock = clock
         self._recent: deque[_RecentSlate] = deque()
-        self._of_viewer: dict[int, deque[ShownSlate]] = {}
+        self._of_viewer: dict[int, _ViewerSlates] = {}
         self._unwritten: deque[ShownSlate] = deque()
         self._changed = threading.Condition()
         self._is_closed = False
@@ -72,7 +95,7 @@ class ShownMemory:
             return
         slate = ShownSlate(viewer_id, np.asarray(video_ids, dtype=np.int64), shown_at_s)
         self._recent.append(_RecentSlate(slate, self._clock()))
-        self._of_viewer.setdefault(viewer_id, deque()).append(slate)
+        self._of_viewer.setdefault(viewer_id, _ViewerSlates()).add(slate)
         self._forget_old()
         with self._changed:
             if len(self._unwritten) >= self._max_slates:
@@ -83,9 +106,10 @@ class ShownMemory:
 
     def with_recent(self, viewer_id: int, state: ViewerMemoryState) -> ViewerMemoryState:
         """Returns the state with the viewer's recent slates of this router. Most of them are in the store already."""
-        slates = self._of_viewer.get(viewer_id)
-        if not slates:
+        of_viewer = self._of_viewer.get(viewer_id)
+        if of_viewer is None:
             return state
+        slates = of_viewer.slates
         ids = np.concatenate([slate.video_ids for slate in slates])
         times_s = np.repeat([slate.shown_at_s for slate in slates], [len(slate.video_ids) for slate in slates])
         return state.with_shown(ids, times_s)
@@ -96,21 +120,24 @@ class ShownMemory:
             return self._changed.wait_for(lambda: not self._unwritten and not self._is_writing, timeout_s)
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Ends the thread after what waits is written, or after the timeout."""
+        """Ends the thread after what waits is written, or after the timeout; then the rest is lost and counted."""
         self.flush(timeout_s)
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
         self._writer.join(timeout_s)
+        with self._changed:
+            self._metrics.lost.inc(len(self._unwritten))
+            self._unwritten.clear()
 
     def _forget_old(self) -> None:
         oldest_s = self._clock() - RECENT_S
         while self._recent and (len(self._recent) > self._max_slates or self._recent[0].added_s < oldest_s):
-            viewer_id = self._recent.popleft().slate.viewer_id
-            of_viewer = self._of_viewer[viewer_id]
-            of_viewer.popleft()
-            if not of_viewer:
-                del self._of_viewer[viewer_id]
+            slate = self._recent.popleft().slate
+            of_viewer = self._of_viewer[slate.viewer_id]
+            of_viewer.forget(slate)
+            if not of_viewer.slates:
+                del self._of_viewer[slate.viewer_id]
 
     def _write(self) -> None:
         retry_s = _FIRST_RETRY_S
@@ -123,9 +150,12 @@ class ShownMemory:
                 self._is_writing = True
             try:
                 self._memory.remember_slates(batch)
-            except StorageError as error:
+            except Exception as error:  # of whatever kind: the thread must go on
                 self._metrics.faults.labels("write").inc()
-                log.warning("shown videos not written, repeated in %.1f s: slates=%d: %s", retry_s, len(batch), error)
+                log.warning(
+                    "shown videos not written, repeated in %.1f s: slates=%d: %s", retry_s, len(batch), error,
+                    exc_info=not isinstance(error, ReelwayError),
+                )  # fmt: skip
                 self._keep(batch, retry_s)
                 retry_s = min(2 * retry_s, _LAST_RETRY_S)
             else:

@@ -73,18 +73,26 @@ def viewer_query(
 def exclusions_of(memory: ViewerMemoryState, policy: RetrievalSettings, now_s: float, table: VideoTable) -> Exclusions:
     """Returns what the release's policy leaves out of a viewer's memory.
 
+    A video that was shown twice, or that is in the store and in the router's own memory, counts once, at its last time.
+
     Args:
         now_s: Unix seconds of the clock that the memory was written by.
         table: video table of the release; shown videos that it lacks are left out.
     """
     first = int(np.searchsorted(memory.shown_at_s, now_s - policy.shown_hours * 3600.0, side="right"))
-    first = max(first, len(memory.shown_ids) - policy.shown_videos)
-    shown = table.rows_of(memory.shown_ids[first:])
+    videos = _last_occurrences(memory.shown_ids[first:])
+    shown = table.rows_of(videos[max(len(videos) - policy.shown_videos, 0) :])
     watched = memory.watched
     if len(watched):
         oldest = generation_at(now_s - policy.watched_days * 86_400.0) if policy.watched_days else math.inf
         watched = watched[memory.watched_generations >= oldest]
     return Exclusions(shown[shown != ABSENT], watched, memory.blocked_creators, memory.blocked_topics)
+
+
+def _last_occurrences(ids: I64) -> I64:
+    """Returns each id once, in the order of the last occurrences."""
+    _, from_end = np.unique(ids[::-1], return_index=True)
+    return ids[np.sort(len(ids) - 1 - from_end)]
 
 
 def cold_start_query(table: VideoTable) -> ViewerQuery:

@@ -103,7 +103,7 @@ def copied(done: Sequence[LoggedEvent], folder: Path, *, stamped: bool = True) -
             logs[topic].append([record_of([one], 1_000 * number + i, stamped=stamped)])
             logs[topic].append([LogRecord(f"heartbeat {number} {i}", 0, HEARTBEATS[topic])])
         for topic, log in logs.items():
-            for at, following in copies[topic].copy_new(log, offsets[topic], number):
+            for at, _, following in copies[topic].copy_new(log, offsets[topic], {}, number):
                 offsets[topic], number = at, following
     for log in logs.values():
         log.close()
@@ -191,7 +191,7 @@ def test_copy_joins_many_files_without_losing_an_event(tmp_path: Path) -> None:
     copy, offsets, number = EventCopy(files, Topic.OUTCOMES), {}, 0
     for i in range(MAX_FILES + 5):
         log.append([record_of([LoggedEvent(i, 100, 1, OutcomeType.LIKE, 1.0, START_US, START_US + i)], i)])
-        for at, following in copy.copy_new(log, offsets, number):
+        for at, _, following in copy.copy_new(log, offsets, {}, number):
             offsets, number = at, following
     copy.join_files(number)
     names = [name for part in range(PARTS) for name in files.names(f"parity/events/outcomes/{part:02d}")]

@@ -10,12 +10,17 @@ import pytest
 from prometheus_client import CollectorRegistry
 from tests.support.pipelines.list_events import ListEvent, exposure_rows, outcome_rows
 
-from reelway.pipelines.features.stream.list_writer import WRITE_INTERVAL_S, ListWriter
-from reelway.platform.errors import DataError
+from reelway.pipelines.features.stream import list_writer
+from reelway.pipelines.features.stream.list_writer import SAVE_INTERVAL_S, WRITE_INTERVAL_S, ListWriter
+from reelway.pipelines.features.stream.lists import BUCKET_US
+from reelway.pipelines.features.stream.overlay_writer import RETRY_DELAY_S, ListPoller, OverlayWriterMetrics
+from reelway.platform.errors import DataError, StorageError
 from reelway.platform.eventlog import LogRecord
 from reelway.platform.eventlog.arrow_records import encode_rows
-from reelway.platform.eventlog.live_lists_file import LiveListsFile
+from reelway.platform.eventlog.live_lists_file import MAX_AGE_S, LiveListsFile
 from reelway.platform.eventlog.topics import Topic, open_topic
+
+DAY_S = 86_400.0
 
 
 class Task:
@@ -23,14 +28,13 @@ class Task:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.now_s, self.appended = folder, time.time(), 0
-        self.file = LiveListsFile(folder / "overlay")
+        self.file, self.state = LiveListsFile(folder / "overlay"), folder / "state" / "lists.npz"
         self.start()
 
     def start(self) -> None:
         self.registry = CollectorRegistry()
         self.writer = ListWriter(
-            self.folder / "events", self.folder / "overlay", self.folder / "state" / "lists.npz", self.registry,
-            clock=lambda: self.now_s,
+            self.folder / "events", self.folder / "overlay", self.state, self.registry, clock=lambda: self.now_s,
         )  # fmt: skip
 
     def append(self, topic: Topic, payload: bytes) -> None:
@@ -118,6 +122,69 @@ def test_age_is_the_distance_from_the_log(task: Task) -> None:
     assert late_s is not None
     assert fresh_s < 5
     assert 3590 < late_s <= 3600
+
+
+def test_failed_write_lets_the_age_grow_and_keeps_the_state(task: Task) -> None:
+    task.likes(7, 60)
+    task.writer.poll()
+    task.now_s += SAVE_INTERVAL_S
+    (task.folder / "overlay").rename(task.folder / "away")
+    (task.folder / "overlay").write_bytes(b"no folder")
+    saved = task.state.stat().st_mtime_ns
+    with pytest.raises(StorageError):
+        task.writer.poll()
+    assert task.metric("reelway_lists_age_seconds") == pytest.approx(SAVE_INTERVAL_S, abs=5)
+    assert task.state.stat().st_mtime_ns > saved
+    assert task.writer.poll() == 0  # not due before the next interval
+    (task.folder / "overlay").unlink()
+    task.now_s += WRITE_INTERVAL_S
+    task.writer.poll()
+    assert task.popular() == [7]
+
+
+def test_poller_waits_after_an_error(task: Task) -> None:
+    registry, now_s = CollectorRegistry(), [0.0]
+    poller = ListPoller(task.writer, OverlayWriterMetrics(registry), lambda: now_s[0])
+    (task.folder / "overlay").write_bytes(b"no folder")
+    for _ in range(20):
+        assert poller.poll() == 0
+        task.now_s += WRITE_INTERVAL_S
+        now_s[0] += RETRY_DELAY_S / 10
+    assert registry.get_sample_value("reelway_uploads_faults_total") == 2
+    (task.folder / "overlay").unlink()
+    task.likes(7, 60)
+    now_s[0] += RETRY_DELAY_S
+    assert poller.poll() == 120
+    assert task.popular() == [7]
+
+
+def test_records_older_than_the_windows_are_not_read(task: Task) -> None:
+    task.writer.close()
+    task.likes(7, 60)
+    time.sleep(0.01)
+    task.now_s = time.time() + DAY_S + BUCKET_US / 1e6
+    task.start()
+    assert task.writer.poll() == 0
+    task.writer.close()
+    task.state.unlink()
+    task.now_s -= 2.0 * BUCKET_US / 1e6
+    task.start()
+    assert task.writer.poll() == 120
+
+
+def test_stale_lists_are_not_written(task: Task) -> None:
+    task.likes(7, 60)
+    task.now_s += MAX_AGE_S + 5
+    task.writer.poll()
+    assert task.file.read() is None
+    assert task.metric("reelway_lists_age_seconds") == pytest.approx(MAX_AGE_S, abs=10)
+
+
+def test_poll_reads_a_bounded_part_of_the_log(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(list_writer, "READ_LIMIT", 3)
+    for number in range(8):
+        task.likes(number, 1, first=number)
+    assert [task.writer.poll() for _ in range(3)] == [12, 4, 0]
 
 
 def test_other_file_is_no_list(tmp_path: Path) -> None:

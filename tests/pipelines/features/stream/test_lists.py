@@ -17,6 +17,7 @@ from reelway.pipelines.features.stream.lists import (
     BUCKET_US,
     DAY_BUCKETS,
     HOUR_BUCKETS,
+    MAX_LISTS,
     MIN_LIST_ENGAGEMENT,
     MIN_TREND,
     ListWindows,
@@ -219,10 +220,38 @@ def test_restored_state_gives_equal_lists(tmp_path: Path) -> None:
         assert restored[name] == pytest.approx(videos), name
 
 
+def test_values_of_clients_use_no_list_for_ever(tmp_path: Path) -> None:
+    windows = ListWindows()
+    invented = [ListEvent("exposure", i, i, 1, START_US, region=f"r{i}") for i in range(MAX_LISTS + 4)]
+    add(windows, invented)
+    assert windows.refused_values == 5  # code 0 is all viewers
+    windows.lists(START_US)
+    add(windows, [ListEvent("exposure", 9_000, 9_000, 1, START_US, region="eu")])
+    assert windows.refused_values == 6  # all lists have a counted pair
+    later_us = START_US + DAY_BUCKETS * BUCKET_US
+    windows.lists(later_us)
+    windows.save(tmp_path / "lists.npz", {})
+    windows = ListWindows()
+    windows.restore(tmp_path / "lists.npz")
+    count = int(MIN_LIST_ENGAGEMENT) + 1
+    add(windows, [ListEvent("exposure", 10_000 + i, 10_000 + i, 2, later_us, region="eu") for i in range(count)])
+    add(windows, [ListEvent("like", 10_000 + i, 10_000 + i, 2, later_us) for i in range(count)])
+    # Viewers of the first region, whose code "eu" has now, are of no region until their next exposure.
+    add(windows, [ListEvent("like", 0, 0, 3, later_us)])
+    lists = windows.lists(later_us).lists
+    assert windows.refused_values == 0
+    assert lists["popular:region=eu"].video_ids.tolist() == [2]
+    assert sorted(lists["popular"].video_ids.tolist()) == [2, 3]
+
+
 def test_damaged_state_is_reported(tmp_path: Path) -> None:
-    (tmp_path / "lists.npz").write_bytes(b"PK not a state")
-    with pytest.raises(MalformedFileError, match="list task"):
-        ListWindows().restore(tmp_path / "lists.npz")
+    path = tmp_path / "lists.npz"
+    ListWindows().save(path, {})
+    whole = path.read_bytes()
+    for content in (b"PK not a state", b"", whole[: len(whole) // 2], whole[:60] + bytes(200) + whole[260:]):
+        path.write_bytes(content)
+        with pytest.raises(MalformedFileError, match=r"lists\.npz.*list task; delete the file"):
+            ListWindows().restore(path)
     assert ListWindows().restore(tmp_path / "none.npz") == {}
 
 

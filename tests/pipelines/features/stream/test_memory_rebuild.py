@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from reelway.platform.eventlog.event_log import LogRecord
 from reelway.platform.eventlog.exposure_events import EXPOSURE_EVENT_SCHEMA, encode_exposures
 from reelway.platform.eventlog.outcome_events import OUTCOME_EVENT_SCHEMA, encode_outcomes
 from reelway.platform.eventlog.topics import Topic
+from reelway.platform.features.viewer_memory import F64, I64
 from reelway.platform.features.viewer_memory_sqlite import SqliteViewerMemory
 from reelway.platform.features.watched_filter import is_watched
 
@@ -72,19 +74,19 @@ class Store:
     def __init__(self, folder: Path) -> None:
         logs = open_logs(folder / "events", CLOCK)
         self.exposures, self.outcomes = logs[Topic.EXPOSURES], logs[Topic.OUTCOMES]
-        self._folder = folder
+        self.folder = folder
         self.memory = self._open()
 
     def _open(self) -> SqliteViewerMemory:
-        return SqliteViewerMemory(self._folder / "memory" / "memory.db", lambda: NOW_S)
+        return SqliteViewerMemory(self.folder / "memory" / "memory.db", lambda: NOW_S)
 
     def lose_memory(self) -> None:
         self.memory.close()
-        shutil.rmtree(self._folder / "memory")
+        shutil.rmtree(self.folder / "memory")
         self.memory = self._open()
 
     def rebuild(self) -> RebuiltMemory | None:
-        return rebuild_viewer_memory(self.memory, self.exposures, self.outcomes, NOW_S)
+        return rebuild_viewer_memory(self.memory, self.exposures, self.outcomes, NOW_S, threading.Event())
 
     def close(self) -> None:
         for part in (self.exposures, self.outcomes, self.memory):
@@ -163,6 +165,7 @@ def test_expired_events_are_left_out(store: Store) -> None:
 
 
 def test_unreadable_record_is_counted(store: Store) -> None:
+    CLOCK.now_us = int(NOW_S * 1e6)
     store.exposures.append([LogRecord("bad", 0, b"not a batch")])
     expose(store.exposures, 1, [10], NOW_S)
     assert store.rebuild() == RebuiltMemory(shown=1, unreadable=1)
@@ -171,3 +174,29 @@ def test_unreadable_record_is_counted(store: Store) -> None:
 def test_empty_log_completes_the_memory(store: Store) -> None:
     assert store.rebuild() == RebuiltMemory()
     assert store.memory.is_complete()
+
+
+def test_exposures_long_before_the_limit_are_not_read(store: Store) -> None:
+    CLOCK.now_us = int((NOW_S - (MAX_SHOWN_HOURS + 2) * HOUR_S) * 1e6)
+    store.exposures.append([LogRecord("unreadable", 0, b"not a batch")])
+    expose(store.exposures, 1, [10], NOW_S)
+    assert store.rebuild() == RebuiltMemory(shown=1, unreadable=0)
+
+
+def test_stopped_rebuild_ends_without_the_marker(store: Store) -> None:
+    """The memory stops the rebuild when it is written for the second time."""
+    stop, writes = threading.Event(), []
+
+    class StoppingMemory(SqliteViewerMemory):
+        def restore_shown(self, viewer_id: int, video_ids: I64, shown_at_s: F64) -> None:
+            super().restore_shown(viewer_id, video_ids, shown_at_s)
+            writes.append(viewer_id)
+            if len(writes) == 2:
+                stop.set()
+
+    for viewer in range(1, 6):
+        expose(store.exposures, viewer, [10], NOW_S)
+    memory = StoppingMemory(store.folder / "stopping.db", lambda: NOW_S)
+    assert rebuild_viewer_memory(memory, store.exposures, store.outcomes, NOW_S, stop) is None
+    assert (len(writes), memory.is_complete()) == (2, False)
+    memory.close()

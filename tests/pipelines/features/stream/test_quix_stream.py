@@ -137,7 +137,7 @@ def test_member_ends_cleanly_at_sigterm(run: RunDirectory, events: str, tmp_path
     try:
         members.start("a")
         deadline = time.monotonic() + 90
-        while "member of a group" not in (tmp_path / "members" / "a.log").read_text():
+        while "updating the features" not in (tmp_path / "members" / "a.log").read_text():
             assert time.monotonic() < deadline, members.output()
             time.sleep(0.1)
         with load(events, random.Random(7)):

@@ -197,12 +197,14 @@ def test_metrics_count_events_by_result(tmp_path: Path) -> None:
     running.start(catalogue, behind_us=0)
     clock.now_us = START_US + 600 * SECOND_US
     registry = CollectorRegistry()
-    metrics = StreamMetrics(registry)
+    metrics = StreamMetrics(registry, clock)
+    metrics.measure_ages(0, {"viewer_history": SECOND_US})
     while (done := running.run_micro_batch(wait_s=0)).steps or done.records:
-        record_batch(metrics, done, clock.now_us + 7 * SECOND_US, {"viewer_history": SECOND_US})
+        record_batch(metrics, done)
     metrics.record_lag(running.lag_records())
     append(logs, [late], 4)
     metrics.record_lag(running.lag_records())
+    clock.now_us += 7 * SECOND_US
     store.close()
     for log in logs.values():
         log.close()
@@ -216,6 +218,33 @@ def test_metrics_count_events_by_result(tmp_path: Path) -> None:
     assert sample("lag_seconds") == 7
     assert sample("lag_records", topic="outcomes", partition="0") == 1
     assert sample("lag_records", topic="exposures", partition="0") == 0
+
+
+def test_ages_grow_from_the_partition_furthest_behind() -> None:
+    clock, registry = SteppedClock(START_US + 100 * SECOND_US), CollectorRegistry()
+    metrics = StreamMetrics(registry, clock)
+
+    def ages_s() -> tuple[float | None, float | None]:
+        freshness_s = registry.get_sample_value("reelway_stream_freshness_seconds", {"view": "viewer_history"})
+        return registry.get_sample_value("reelway_stream_lag_seconds"), freshness_s
+
+    grid_us = 60 * SECOND_US
+    metrics.measure_ages(START_US // grid_us * grid_us, {"viewer_history": grid_us})
+    began_us = START_US - START_US // grid_us * grid_us
+    metrics.record_assignment([0, 1])
+    metrics.record_progress(began_us + 90 * SECOND_US, 0)
+    clock.now_us += 5 * SECOND_US
+    assert ages_s()[0] == 15
+    metrics.record_progress(began_us + 104 * SECOND_US, 0)
+    assert ages_s()[0] == 5, "partition 1 has made no progress since its assignment"
+    clock.now_us += 200 * SECOND_US
+    assert ages_s()[0] == 205
+    metrics.record_progress(120 * SECOND_US, 1)
+    metrics.record_progress(125 * SECOND_US, 0)
+    now_s = (began_us + 305 * SECOND_US) / SECOND_US
+    assert ages_s() == (now_s - 120, now_s - 120)
+    metrics.record_revocation([1])
+    assert ages_s() == (now_s - 125, now_s - 120)
 
 
 def test_impression_without_outcomes_counts(tmp_path: Path) -> None:

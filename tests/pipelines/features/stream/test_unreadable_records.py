@@ -25,7 +25,7 @@ from reelway.pipelines.features.stream.local_stream import LocalStream
 from reelway.pipelines.features.stream.metrics import StreamMetrics
 from reelway.pipelines.features.stream.service import record_batch
 from reelway.pipelines.features.stream.sqlite_store import SqliteStore
-from reelway.pipelines.features.stream.time_buckets import ENTITY_KEYS, emission_schedules
+from reelway.pipelines.features.stream.time_buckets import ENTITY_KEYS
 from reelway.pipelines.features.stream.video_facts import VideoFacts
 from reelway.pipelines.features.views import ViewSettings
 from reelway.platform.contracts.events import OutcomeType
@@ -101,11 +101,10 @@ class Run:
         )
         stream.start(catalogue, 0)
         metrics = StreamMetrics(self.registry)
-        grids_us = {view: one.grid_us for view, one in emission_schedules(VIEWS).items()}
         self.emitted: list[EmittedRows] = []
         self.results: Counter[tuple[str, str]] = Counter()
         while (done := stream.run_micro_batch(wait_s=0)).records or done.steps:
-            record_batch(metrics, done, END_US, grids_us)
+            record_batch(metrics, done)
             self.emitted += done.emitted
             self.results += done.results
         assert stream.settled_us == END_US

@@ -17,7 +17,6 @@ import time
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property
 from typing import Annotated, Any, Final, Literal, NamedTuple
 from uuid import uuid4
@@ -264,13 +263,3 @@ def _is_down(change: StatusChange | None) -> bool:
 
 def _ids(values: Iterable[int | None]) -> I64:
     return np.array(sorted(value for value in values if value is not None), dtype=np.int64)
-
-
-def upload_time_us(upsert: VideoUpsert) -> int:
-    """Returns the upload time in microseconds since 1970."""
-    return _microseconds(upsert.uploaded_at)
-
-
-def _microseconds(moment: datetime) -> int:
-    whole = int(moment.timestamp() // 1)
-    return whole * 1_000_000 + moment.microsecond

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from reelway.platform.errors import StorageError
 from reelway.platform.eventlog.catalogue_events import (
     Restore,
     StatusChange,
@@ -25,6 +27,10 @@ log = logging.getLogger(__name__)
 
 READ_LIMIT: Final = 2_000
 """Records of one read."""
+WAIT_S: Final = 1.0
+"""How long a read waits for records that the log has according to its end."""
+MAX_EMPTY_READS: Final = 10
+"""Reads without a record, one after the other, before the log's end. Kafka has them while a leader is elected."""
 _CHUNK: Final = 1_000
 Decoder = Callable[
     [Sequence[StoredRecord]], tuple[Sequence[VideoUpsert | None], int] | tuple[Sequence[StatusChange | None], int]
@@ -62,18 +68,30 @@ class CataloguePublisher:
                     topic_log.append([as_record(change, topic_log.partitions) for change in chunk])
 
     def read_takedowns(self) -> TakedownState:
-        """Reads all takedowns and restorations to the present end of the log."""
+        """Reads all takedowns and restorations to the present end of the log.
+
+        Raises:
+            StorageError: if the log cannot be read to its end.
+        """
         state = TakedownState()
         topic_log = self._logs[Topic.TAKEDOWNS]
         position: Offsets = {}
         end = topic_log.end_offsets()
+        started_us = time.time_ns() // 1000
+        empty_reads = 0
         while not is_at(position, end):
-            read = topic_log.read(position, limit=READ_LIMIT)
+            read = topic_log.read(position, limit=READ_LIMIT, wait_s=WAIT_S)
             position = read.next_offsets
             changes, _ = decode_status_changes(read.records)
             state.apply(change for change in changes if change is not None)
-            if not read.records:
-                break
+            if not read.records and read.watermark_us >= started_us:
+                break  # the last records before the end were deleted
+            empty_reads = 0 if read.records else empty_reads + 1
+            if empty_reads >= MAX_EMPTY_READS:
+                raise StorageError(
+                    f"event log {topic_log.name}: ends at {dict(end)}, but nothing can be read after {dict(position)}; "
+                    "check the event log"
+                )
         return state
 
     def end_offsets(self) -> dict[Topic, Offsets]:
@@ -90,10 +108,11 @@ def is_at(position: Offsets, end: Offsets) -> bool:
 
 
 class GuardStep(NamedTuple):
-    """Result of one step: records read, and records appended again."""
+    """Result of one step."""
 
-    read: int
-    appended: int
+    read: int  # records
+    appended: int  # records appended again
+    lost: int  # records to be appended again that are gone from the log
 
 
 class VersionGuard:
@@ -145,15 +164,29 @@ class VersionGuard:
                 displaced[change.key] = None
         appended = sum(self._append_again(key) for key in displaced)
         self._position = read.next_offsets
-        return GuardStep(len(read.records), appended)
+        return GuardStep(len(read.records), appended, len(displaced) - appended)
 
     def _append_again(self, key: str) -> bool:
         precedence, partition, offset = self._newest[key]
-        position = {**self._log.end_offsets(), partition: offset}
-        records = self._log.read(position, limit=1).records
-        (change,), _ = self._decode(records) if records else ([None], 0)
+        record = self._record_at(partition, offset)
+        (change,), _ = self._decode([record]) if record else ([None], 0)
         if change is None or change.key != key or change.precedence != precedence:
             log.error("event log %s: the newest record of %s is gone; publish it again", self._log.name, key)
             return False
         self._log.append([as_record(change, self._log.partitions)])
         return True
+
+    def _record_at(self, partition: int, offset: int) -> StoredRecord | None:
+        """Returns the record at an offset, None if it was deleted. Records of other partitions may be read before."""
+        position: Offsets = {**self._log.end_offsets(), partition: offset}
+        while position[partition] <= offset:
+            read = self._log.read(position, limit=READ_LIMIT, wait_s=WAIT_S)
+            for record in read.records:
+                if record.partition == partition:
+                    return record if record.offset == offset else None
+            if not read.records and read.next_offsets[partition] <= offset:
+                raise StorageError(
+                    f"event log {self._log.name}: partition {partition} cannot be read at offset {offset}; trying again"
+                )
+            position = read.next_offsets
+        return None

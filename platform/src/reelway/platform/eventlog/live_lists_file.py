@@ -22,6 +22,8 @@ from reelway.platform.contracts.release_files import POPULAR_SCHEMA
 from reelway.platform.errors import DataError, StorageError
 
 LISTS_FILE: Final = "lists.arrow"
+MAX_AGE_S: Final = 600.0
+"""Age from which on a release's own lists are better."""
 POPULAR: Final = "popular"
 TRENDING: Final = "trending"
 _AS_OF_METADATA_KEY: Final = b"as_of_us"

@@ -33,6 +33,9 @@ REQUEST_INTERVAL_S: Final = 60.0
 """How often a replica states that it serves a release."""
 REQUEST_VALID_S: Final = 600.0
 """How long the overlay writer serves a release after the last request."""
+OLD_REQUEST_S: Final = 86_400.0
+"""Age from which on a request is old; most likely the release is not served any more."""
+OLD_REQUEST_INTERVAL_S: Final = 60.0
 _POSITION_KEY: Final = b"reelway.position"
 COMPACT_AFTER: Final = 64
 """Number of changes after which a snapshot is made if the changes have a quarter of the snapshot's rows."""
@@ -110,6 +113,7 @@ class OverlayRequests:
 
     def __init__(self, overlay: str | Path) -> None:
         self._location = str(overlay)
+        self._next_s: dict[str, float] = {}  # release without a recent request -> when it is looked at again
         try:
             self._files, self._root = fsspec.core.url_to_fs(self._location)
         except (ValueError, ImportError) as error:
@@ -129,16 +133,25 @@ class OverlayRequests:
             raise StorageError(f"overlay {path}: cannot write it: {error}") from error
 
     def served(self, now_s: float) -> list[str]:
-        """Returns the releases that were requested within ``REQUEST_VALID_S``."""
+        """Returns the releases that were requested within ``REQUEST_VALID_S``.
+
+        A release whose last request is older than ``OLD_REQUEST_S`` is looked at every ``OLD_REQUEST_INTERVAL_S``.
+        """
         try:
-            folders = self._files.ls(self._root, detail=False, refresh=True) if self._files.exists(self._root) else []
-            requested = [(folder.rsplit("/", 1)[-1], self._requested_at_s(folder)) for folder in folders]
+            entries = self._files.ls(self._root, detail=False, refresh=True) if self._files.exists(self._root) else []
+            names = {entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries}
+            releases = {name for name in names if not name.startswith(".") and not name.endswith(".arrow")}
+            due = [release for release in releases if now_s >= self._next_s.get(release, now_s)]
+            requested = {release: self._requested_at_s(release) for release in due}
         except OSError as error:
             raise StorageError(f"overlay {self._location}: cannot list it: {error}") from error
-        return sorted(release for release, at_s in requested if now_s - at_s < REQUEST_VALID_S)
+        old = [release for release, at_s in requested.items() if OLD_REQUEST_S < now_s - at_s < float("inf")]
+        waiting = {release: self._next_s[release] for release in releases - set(requested)}
+        self._next_s = waiting | dict.fromkeys(old, now_s + OLD_REQUEST_INTERVAL_S)
+        return sorted(release for release, at_s in requested.items() if now_s - at_s < REQUEST_VALID_S)
 
-    def _requested_at_s(self, folder: str) -> float:
+    def _requested_at_s(self, release: str) -> float:
         try:
-            return float(self._files.cat_file(f"{folder}/{REQUESTED_FILE}"))
+            return float(self._files.cat_file(f"{self._root}/{release}/{REQUESTED_FILE}"))
         except (FileNotFoundError, NotADirectoryError, ValueError):
             return float("-inf")

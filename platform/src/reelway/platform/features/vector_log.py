@@ -15,7 +15,7 @@ import os
 import socket
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -81,6 +81,8 @@ class SampledVectors(ABC):
         if not 0.0 <= ratio <= 1.0:
             raise ConfigError(f"vector log: sample ratio {ratio:g} is outside 0..1; use a share such as 0.01")
         self._limit = int(ratio * 2**64)
+        self.on_lost: Callable[[int], None] = lambda _: None
+        """Called by any thread with the number of vectors that ``append`` took and that could not be stored."""
 
     def is_sampled(self, request_id: int) -> bool:
         """Returns whether the request is in the sample; call it before collecting the rows."""
@@ -97,6 +99,10 @@ class SampledVectors(ABC):
         line = json.dumps(_to_json_value(asdict(vector)), separators=(",", ":"), allow_nan=False).encode() + b"\n"
         self._store(line)
         return True
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stores what still waits. A second call does nothing."""
 
     @abstractmethod
     def _store(self, line: bytes) -> None: ...
@@ -119,6 +125,9 @@ class VectorLog(SampledVectors):
         self.path = path
         self._half_bytes = max_bytes // 2
         self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Does nothing: every line is on disk when ``append`` returns."""
 
     def _store(self, line: bytes) -> None:
         try:

@@ -5,7 +5,7 @@
     <url>/<host>-<process>/<unix ms>.jsonl
 
 Vectors of the last interval are lost if the process is killed; no request waits for the store. An object that cannot
-be written is dropped with a warning. The writer deletes its oldest objects beyond a size.
+be written is dropped, with a warning and counted by ``on_lost``. The writer deletes its oldest objects beyond a size.
 """
 
 from __future__ import annotations
@@ -83,10 +83,15 @@ class VectorSegments(SampledVectors):
             try:
                 self._files.makedirs(self._folder, exist_ok=True)
                 self._files.pipe_file(path, content)
-                self._written.append((path, len(content)))
-                self._delete_oldest()
             except Exception as error:  # every client library has its own errors
                 log.warning("parity samples lost: vectors=%d path=%s error=%s", len(lines), path, error)
+                self.on_lost(len(lines))
+                return
+            self._written.append((path, len(content)))
+            try:
+                self._delete_oldest()
+            except Exception as error:  # see above
+                log.warning("old parity samples not deleted: folder=%s error=%s", self._folder, error)
 
     def close(self) -> None:
         """Writes what is left and stops the thread."""

@@ -3,7 +3,8 @@
 - *Shown*: the newest ``MAX_SHOWN_VIDEOS`` videos of the last ``MAX_SHOWN_HOURS`` hours, with their times. A release
   decides in ``blend.yaml`` for how long and how many of them it leaves out.
 - *Watched to the end*: a Bloom filter per viewer and generation (``watched_filter``).
-- *Blocked* creators and topics, and *followed* creators: sets that do not expire.
+- *Blocked* creators and topics, and *followed* creators: they do not expire. Of blocks and of follows, the
+  ``MAX_CHOICES`` that were reported last are kept, so that no viewer's memory grows without a bound.
 
 The memory is stored where the viewer's row is: in Redis (``viewer_memory_redis``), or in a SQLite file beside Feast's
 (``viewer_memory_sqlite``). It is a copy of what the event log holds. A marker says that the copy is complete; a store
@@ -23,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reelway.platform.contracts.blend import MAX_SHOWN_HOURS, MAX_SHOWN_VIDEOS
+from reelway.platform.errors import DataError
 from reelway.platform.features.watched_filter import FILTER_BYTES
 
 if TYPE_CHECKING:
@@ -32,6 +34,8 @@ I64 = NDArray[np.int64]
 F64 = NDArray[np.float64]
 U8 = NDArray[np.uint8]
 
+MAX_CHOICES: Final = 2_000
+"""Most blocks of one viewer, creators and topics together, and most follows."""
 MEMORY_FILE: Final = "viewer_memory.db"
 SHOWN_ENTRY: Final = np.dtype([("video_id", "<i8"), ("shown_at_s", "<u4")])
 """One shown video as it is stored, 12 bytes. A viewer's entries follow each other, oldest first."""
@@ -79,7 +83,8 @@ class ShownSlate(NamedTuple):
 class ViewerMemory(Protocol):
     """A store of all viewers' memories. Threads and processes may share it; every call is atomic for one viewer.
 
-    Every method blocks and raises ``StorageError`` if the store cannot be read or written.
+    Every method blocks and raises ``StorageError`` if the store cannot be read or written, or ``DataError`` if what it
+    holds of the viewer is damaged.
     """
 
     def read(self, viewer_id: int) -> ViewerMemoryState:
@@ -103,11 +108,11 @@ class ViewerMemory(Protocol):
         ...
 
     def block(self, viewer_id: int, *, creators: Sequence[int] = (), topics: Sequence[int] = ()) -> None:
-        """Adds blocked creators and topics. Idempotent."""
+        """Adds blocked creators and topics; beyond ``MAX_CHOICES``, forgets those reported longest ago. Idempotent."""
         ...
 
     def follow(self, viewer_id: int, creators: Sequence[int]) -> None:
-        """Adds followed creators. Idempotent."""
+        """Adds followed creators; beyond ``MAX_CHOICES``, forgets those reported longest ago. Idempotent."""
         ...
 
     def is_complete(self) -> bool:
@@ -172,13 +177,21 @@ def memory_state(
         creators: blocked creators.
         topics: blocked topics.
         followed: followed creators.
+
+    Raises:
+        DataError: if a filter is longer than a filter can be.
     """
     entries = np.frombuffer(packed, dtype=SHOWN_ENTRY, count=len(packed) // SHOWN_ENTRY.itemsize)
     generations, watched = NO_IDS, NO_FILTERS
     if stored := [(generation, bits) for generation, bits in filters if bits]:
         generations = np.array([generation for generation, _ in stored], dtype=np.int64)
         watched = np.zeros((len(stored), FILTER_BYTES), dtype=np.uint8)
-        for filter_, (_, bits) in zip(watched, stored, strict=True):
+        for filter_, (generation, bits) in zip(watched, stored, strict=True):
+            if len(bits) > FILTER_BYTES:
+                raise DataError(
+                    f"viewer memory: the filter of generation {generation} has {len(bits)} bytes, expected at most "
+                    f"{FILTER_BYTES}; delete it"
+                )
             filter_[: len(bits)] = np.frombuffer(bits, dtype=np.uint8)
     state = ViewerMemoryState(
         watched=watched,

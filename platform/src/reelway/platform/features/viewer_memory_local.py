@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from reelway.platform.features.viewer_memory import (
     F64,
     I64,
+    MAX_CHOICES,
     ShownSlate,
     ViewerMemoryState,
     memory_state,
@@ -14,6 +16,9 @@ from reelway.platform.features.viewer_memory import (
     trim_shown,
 )
 from reelway.platform.features.watched_filter import add_to_filter, live_generations, positions_by_filter
+
+_CREATOR, _TOPIC = "creator", "topic"
+_Choice = TypeVar("_Choice")
 
 
 class LocalViewerMemory:
@@ -27,18 +32,20 @@ class LocalViewerMemory:
         self._clock = clock
         self._shown: dict[int, bytes] = {}
         self._watched: dict[int, dict[int, bytes]] = {}
-        self._creators: dict[int, set[int]] = {}
-        self._topics: dict[int, set[int]] = {}
-        self._followed: dict[int, set[int]] = {}
+        self._blocked: dict[int, dict[tuple[str, int], None]] = {}  # kind and id, in the order of the reports
+        self._followed: dict[int, dict[int, None]] = {}
         self._complete = False
 
     def read(self, viewer_id: int) -> ViewerMemoryState:
         live = live_generations(self._clock())
         filters = [(g, bits) for g, bits in self._watched.get(viewer_id, {}).items() if g >= live.start]
+        blocked = self._blocked.get(viewer_id, {})
         return memory_state(
             self._shown.get(viewer_id, b""),
             filters,
-            *(kept.get(viewer_id, ()) for kept in (self._creators, self._topics, self._followed)),
+            [id_ for kind, id_ in blocked if kind == _CREATOR],
+            [id_ for kind, id_ in blocked if kind == _TOPIC],
+            self._followed.get(viewer_id, ()),
         )
 
     def remember_shown(self, viewer_id: int, video_ids: Sequence[int] | I64, shown_at_s: float) -> None:
@@ -59,14 +66,23 @@ class LocalViewerMemory:
             filters[generation] = add_to_filter(filters.get(generation, b""), positions)
 
     def block(self, viewer_id: int, *, creators: Sequence[int] = (), topics: Sequence[int] = ()) -> None:
-        self._creators.setdefault(viewer_id, set()).update(creators)
-        self._topics.setdefault(viewer_id, set()).update(topics)
+        blocks = [(_CREATOR, int(id_)) for id_ in creators] + [(_TOPIC, int(id_)) for id_ in topics]
+        _add_choices(self._blocked.setdefault(viewer_id, {}), blocks)
 
     def follow(self, viewer_id: int, creators: Sequence[int]) -> None:
-        self._followed.setdefault(viewer_id, set()).update(int(creator) for creator in creators)
+        _add_choices(self._followed.setdefault(viewer_id, {}), [int(creator) for creator in creators])
 
     def is_complete(self) -> bool:
         return self._complete
 
     def mark_complete(self) -> None:
         self._complete = True
+
+
+def _add_choices(kept: dict[_Choice, None], choices: Sequence[_Choice]) -> None:
+    """Moves the choices to the end and removes surplus choices from the beginning."""
+    for choice in choices:
+        kept.pop(choice, None)
+        kept[choice] = None
+    for choice in list(kept)[: max(len(kept) - MAX_CHOICES, 0)]:
+        del kept[choice]

@@ -1,8 +1,8 @@
 """Viewer memory in Redis, read in the same round trip as the viewer's row.
 
-Per viewer: a string of packed shown videos, a string of filter bits per generation, a set of blocks
-and a set of followed creators. Each write of
-one viewer is one command, so routers may write at the same time.
+Per viewer: a string of packed shown videos, a string of filter bits per generation, and two sets sorted by the time of
+the report, of blocks and of followed creators. Each write of one viewer is one command or one transaction, so routers
+may write at the same time.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from typing import Any, Final
 import numpy as np
 
 from reelway.platform.contracts.blend import MAX_SHOWN_HOURS, MAX_SHOWN_VIDEOS, MAX_WATCHED_DAYS
-from reelway.platform.errors import StorageError
+from reelway.platform.errors import DataError, StorageError
 from reelway.platform.features.viewer_memory import (
     F64,
     I64,
+    MAX_CHOICES,
     SHOWN_ENTRY,
     ShownSlate,
     ViewerMemoryState,
@@ -80,7 +81,7 @@ class RedisViewerMemory:
         with _translated_errors(f"cannot read the memory of viewer {viewer_id}"):
             with self.client.pipeline(transaction=False) as pipe:
                 generations = self.add_read(pipe, viewer_id)
-                answers = pipe.execute()
+                answers = pipe.execute(raise_on_error=False)
             return self.decode(generations, answers)
 
     def add_read(self, pipe: Any, viewer_id: int) -> range:
@@ -91,20 +92,29 @@ class RedisViewerMemory:
         generations = live_generations(self._clock())
         pipe.get(_shown_key(viewer_id))
         pipe.mget([_watched_key(viewer_id, generation) for generation in generations])
-        pipe.smembers(_blocked_key(viewer_id))
-        pipe.smembers(_followed_key(viewer_id))
+        pipe.zrange(_blocked_key(viewer_id), 0, -1)
+        pipe.zrange(_followed_key(viewer_id), 0, -1)
         return generations
 
     def decode(self, generations: range, answers: Sequence[Any]) -> ViewerMemoryState:
-        """Returns the state from the answers to the commands of ``add_read``."""
+        """Returns the state from the answers to the commands of ``add_read``.
+
+        Raises:
+            DataError: if an answer is an error, such as that a key holds another type, or a value is damaged.
+        """
+        if errors := [answer for answer in answers if isinstance(answer, Exception)]:
+            raise DataError(f"viewer memory: Redis refused to read it: {errors[0]}; delete the viewer's keys")
         packed, filters, blocked, followed = answers
-        return memory_state(
-            packed or b"",
-            [(generation, bits or b"") for generation, bits in zip(generations, filters, strict=True)],
-            [int(member[1:]) for member in blocked if member[:1] == b"c"],
-            [int(member[1:]) for member in blocked if member[:1] == b"t"],
-            [int(member) for member in followed],
-        )
+        try:
+            return memory_state(
+                packed or b"",
+                [(generation, bits or b"") for generation, bits in zip(generations, filters, strict=True)],
+                [int(member[1:]) for member in blocked if member[:1] == b"c"],
+                [int(member[1:]) for member in blocked if member[:1] == b"t"],
+                [int(member) for member in followed],
+            )
+        except ValueError as error:
+            raise DataError(f"viewer memory: it is damaged: {error}; delete the viewer's keys") from error
 
     def remember_shown(self, viewer_id: int, video_ids: Sequence[int] | I64, shown_at_s: float) -> None:
         self.remember_slates([ShownSlate(viewer_id, np.asarray(video_ids, dtype=np.int64), shown_at_s)])
@@ -129,12 +139,12 @@ class RedisViewerMemory:
     def block(self, viewer_id: int, *, creators: Sequence[int] = (), topics: Sequence[int] = ()) -> None:
         if members := [f"c{creator}" for creator in creators] + [f"t{topic}" for topic in topics]:
             with _translated_errors(f"cannot write the blocks of viewer {viewer_id}"):
-                self.client.sadd(_blocked_key(viewer_id), *members)
+                self._add_choices(_blocked_key(viewer_id), members)
 
     def follow(self, viewer_id: int, creators: Sequence[int]) -> None:
         if creators:
             with _translated_errors(f"cannot write the followed creators of viewer {viewer_id}"):
-                self.client.sadd(_followed_key(viewer_id), *[int(creator) for creator in creators])
+                self._add_choices(_followed_key(viewer_id), [int(creator) for creator in creators])
 
     def is_complete(self) -> bool:
         with _translated_errors("cannot read the marker"):
@@ -143,6 +153,13 @@ class RedisViewerMemory:
     def mark_complete(self) -> None:
         with _translated_errors("cannot write the marker"):
             self.client.set(_MARKER, 1)
+
+    def _add_choices(self, key: str, members: Sequence[str | int]) -> None:
+        now_s = self._clock()
+        with self.client.pipeline(transaction=True) as pipe:
+            pipe.zadd(key, dict.fromkeys(members, now_s))
+            pipe.zremrangebyrank(key, 0, -MAX_CHOICES - 1)
+            pipe.execute()
 
     def _append(self, packed: Sequence[tuple[int, bytes]], *, restored: bool) -> None:
         oldest_s = oldest_shown_s(self._clock())

@@ -13,6 +13,7 @@ import numpy as np
 from reelway.platform.features.viewer_memory import (
     F64,
     I64,
+    MAX_CHOICES,
     ShownSlate,
     ViewerMemoryState,
     memory_state,
@@ -34,15 +35,14 @@ _READ_CHOICES: Final = (
 _FORMAT: Final = SqliteFormat(
     description="a viewer memory",
     application_id=0x52574D4D,
-    version=1,
+    version=2,
     schema=(
         "CREATE TABLE shown (viewer_id INTEGER PRIMARY KEY, newest_s INTEGER NOT NULL, entries BLOB NOT NULL)",
         "CREATE TABLE watched (viewer_id INTEGER, generation INTEGER, bits BLOB NOT NULL, "
         "PRIMARY KEY (viewer_id, generation)) WITHOUT ROWID",
-        "CREATE TABLE blocked (viewer_id INTEGER, kind INTEGER, id INTEGER, "
-        "PRIMARY KEY (viewer_id, kind, id)) WITHOUT ROWID",
-        "CREATE TABLE followed (viewer_id INTEGER, creator_id INTEGER, PRIMARY KEY (viewer_id, creator_id)) "
-        "WITHOUT ROWID",
+        # a row that is reported again gets a new, larger row id
+        "CREATE TABLE blocked (viewer_id INTEGER, kind INTEGER, id INTEGER, UNIQUE (viewer_id, kind, id))",
+        "CREATE TABLE followed (viewer_id INTEGER, creator_id INTEGER, UNIQUE (viewer_id, creator_id))",
         "CREATE TABLE marker (complete INTEGER NOT NULL)",
     ),
     pragmas=("synchronous = NORMAL", "cache_size = -8192"),
@@ -110,12 +110,14 @@ class SqliteViewerMemory:
         rows = [(viewer_id, _CREATOR, int(id_)) for id_ in creators]
         rows += [(viewer_id, _TOPIC, int(id_)) for id_ in topics]
         with self._written.writing() as db:
-            db.executemany("INSERT OR IGNORE INTO blocked VALUES (?, ?, ?)", rows)
+            db.executemany("INSERT OR REPLACE INTO blocked VALUES (?, ?, ?)", rows)
+            _forget_surplus(db, "blocked", viewer_id)
 
     def follow(self, viewer_id: int, creators: Sequence[int]) -> None:
         rows = [(viewer_id, int(creator)) for creator in creators]
         with self._written.writing() as db:
-            db.executemany("INSERT OR IGNORE INTO followed VALUES (?, ?)", rows)
+            db.executemany("INSERT OR REPLACE INTO followed VALUES (?, ?)", rows)
+            _forget_surplus(db, "followed", viewer_id)
 
     def is_complete(self) -> bool:
         with self._read.reading() as db:
@@ -139,3 +141,12 @@ class SqliteViewerMemory:
         self._next_prune_s = now_s + _PRUNE_EVERY_S
         db.execute("DELETE FROM shown WHERE newest_s < ?", [oldest_shown_s(now_s)])
         db.execute("DELETE FROM watched WHERE generation < ?", [live_generations(now_s).start])
+
+
+def _forget_surplus(db: sqlite3.Connection, table: str, viewer_id: int) -> None:
+    """Deletes the viewer's choices beyond ``MAX_CHOICES``, those reported longest ago."""
+    db.execute(
+        f"DELETE FROM {table} WHERE rowid IN "
+        f"(SELECT rowid FROM {table} WHERE viewer_id = ? ORDER BY rowid DESC LIMIT -1 OFFSET ?)",
+        [viewer_id, MAX_CHOICES],
+    )

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from reelway.platform.contracts.feature_names import VIEWER_SERVICE
-from reelway.platform.errors import FeatureError, StorageError
+from reelway.platform.errors import DataError, FeatureError, StorageError
 from reelway.platform.features.feast_store import feature_service
 from reelway.platform.features.viewer_memory import ViewerMemory, ViewerMemoryState
 from reelway.platform.features.viewer_memory_redis import COMMANDS_PER_READ, RedisViewerMemory
@@ -116,8 +116,8 @@ class ViewerRowReader:
         remembered: ViewerMemoryState | None
         try:
             remembered = memory.read(viewer_id)
-        except StorageError as error:
-            log.warning("viewer memory not read: %s", error)
+        except (StorageError, DataError) as error:
+            log.warning("viewer memory not read: viewer=%d: %s", viewer_id, error)
             remembered = None
         try:
             return StoredViewer(self.read(viewer_id), remembered)
@@ -188,14 +188,21 @@ class _RedisHashReader:
 
     def read_with_memory(
         self, key: EntityKey, viewer_id: int, memory: RedisViewerMemory
-    ) -> tuple[Stored, ViewerMemoryState]:
-        """Reads the row and the memory with one pipeline, in one round trip."""
+    ) -> tuple[Stored, ViewerMemoryState | None]:
+        """Reads the row and the memory with one pipeline, in one round trip. A damaged memory is ``None``."""
         (redis_key,) = self._online._generate_redis_keys_for_entities(self._config, [key])
         with memory.client.pipeline(transaction=False) as pipe:
             pipe.hmget(redis_key, self._keys)
             generations = memory.add_read(pipe, viewer_id)
-            answers = pipe.execute()
-        return self._decode(answers[0]), memory.decode(generations, answers[-COMMANDS_PER_READ:])
+            answers = pipe.execute(raise_on_error=False)
+        if isinstance(answers[0], Exception):
+            raise answers[0]
+        state = None
+        try:
+            state = memory.decode(generations, answers[-COMMANDS_PER_READ:])
+        except DataError as error:
+            log.warning("viewer memory not read: viewer=%d: %s", viewer_id, error)
+        return self._decode(answers[0]), state
 
     def _decode(self, stored: list[Any]) -> Stored:
         at = 0

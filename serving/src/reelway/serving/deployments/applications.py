@@ -115,6 +115,14 @@ class RouterDeployment(Router):
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_http_api(self)
 
+    def close(self) -> None:
+        """Stops what the replica runs and writes what is still queued; blocks."""
+        super().close()
+        if self._takedowns:
+            self._takedowns.stop()
+        if self._dependencies.sample:
+            self._dependencies.sample.close()
+
     async def reconfigure(self, config: Mapping[str, Any]) -> None:
         """Takes a ``Routing``; see ``Router.reconfigure``."""
         if self._dependencies.exposures is None and (open_log := self._log_opener()):

@@ -33,7 +33,8 @@ class ExposureWriter:
         open_log: opens the log; called by the thread, again after a failure.
         on_lost: called with each slate that was not appended, by any thread.
         append_every_s: shortest time between two appends. After a rest, the first append is immediate.
-        retry_for_s: how long an append is repeated before its slates are lost. At shutdown it is repeated once.
+        retry_for_s: how long an append is repeated before its slates are lost. At shutdown it is repeated once; if it
+            fails, all slates that are still queued are lost at once, because each append may take long to fail.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class ExposureWriter:
         self._retry_for_s = retry_for_s
         self._retry_delay_s = retry_delay_s
         self._closing = threading.Event()
+        self._gave_up = False  # an append failed at shutdown; belongs to the writer's thread
         self._worker = BatchWorker[SlateExposure, None](
             "exposure writer",
             self._append,
@@ -76,6 +78,8 @@ class ExposureWriter:
 
     def _append(self, slates: Sequence[SlateExposure]) -> list[None]:
         try:
+            if self._gave_up:
+                raise StorageError("the event log accepted nothing at shutdown; check it")
             self._append_with_retries(slates)
         except Exception:  # of whatever kind: the slates are not in the log
             log.exception("%d slates were served and are not in the event log", len(slates))
@@ -96,6 +100,7 @@ class ExposureWriter:
                 events.append(records)
             except StorageError as error:
                 if last_attempt:
+                    self._gave_up = self._closing.is_set()
                     raise
                 log.warning("exposures not appended, trying again: %s", error)
                 self._closing.wait(self._retry_delay_s)

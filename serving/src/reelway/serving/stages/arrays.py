@@ -43,7 +43,7 @@ SOURCE_CODES: Final[dict[SourceName, int]] = {name: code for code, name in enume
 class Exclusions:
     """What is not shown to the viewer, apart from the history: the viewer's memory under the release's policy."""
 
-    shown_rows: Rows  # [R] longest ago first; a row that was shown twice may be there twice
+    shown_rows: Rows  # [R] each once, longest ago first
     watched: U8  # [G, FILTER_BYTES] see ``watched_filter``
     blocked_creators: I64
     blocked_topics: I64

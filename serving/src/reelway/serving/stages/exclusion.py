@@ -9,12 +9,13 @@ from typing import Final
 
 import numpy as np
 
+from reelway.platform.features.viewer_memory import NO_IDS
 from reelway.serving.stages.arrays import U8, Exclusions, Rows, ViewerQuery
 from reelway.serving.stages.filtering import ALLOWED, SEEN, SHOWN, WATCHED, kinds_of
 from reelway.serving.video_table import VideoTable
 
 _CACHED: Final = 256
-"""Blocked creators, and blocked topics, whose rows are kept."""
+"""Blocked topics whose rows are kept."""
 _SAMPLED: Final = 4096
 """Rows of the table among which a completing video is looked for."""
 
@@ -24,9 +25,9 @@ class SearchableRows:
 
     def __init__(self, table: VideoTable) -> None:
         self._all: U8 = np.full(-(-len(table) // 8), 0xFF, dtype=np.uint8)
-        self._creator = table.creator_id.base
+        self._table = table
+        table.rows_of_creators(NO_IDS)  # sorts the table by creator now, not at a request
         self._topic = table.topic.base
-        self._of_creator = lru_cache(_CACHED)(self._rows_of_creator)
         self._without_topic = lru_cache(_CACHED)(self._bits_without_topic)
 
     def bits(self, exclusions: Exclusions) -> U8 | None:
@@ -34,16 +35,13 @@ class SearchableRows:
         if not exclusions:
             return None
         bits = self._all.copy()
-        excluded = [exclusions.shown_rows, *map(self._of_creator, exclusions.blocked_creators.tolist())]
-        rows = np.concatenate(excluded)
-        rows = rows[rows < len(self._creator)]
+        blocked, _ = self._table.rows_of_creators(exclusions.blocked_creators)
+        rows = np.concatenate([exclusions.shown_rows, blocked])
+        rows = rows[rows < len(self._table)]
         np.bitwise_and.at(bits, rows >> 3, ~(1 << (rows & 7)).astype(np.uint8))
         for topic in exclusions.blocked_topics.tolist():
             bits &= self._without_topic(topic)
         return bits
-
-    def _rows_of_creator(self, creator: int) -> Rows:
-        return np.flatnonzero(self._creator == creator).astype(np.int32)
 
     def _bits_without_topic(self, topic: int) -> U8:
         return np.packbits(self._topic != topic, bitorder="little")
@@ -67,11 +65,7 @@ def completing_rows(chosen: Rows, query: ViewerQuery, table: VideoTable) -> Rows
     videos = len(table)
     drawn = rng.permutation(videos) if videos <= _SAMPLED else rng.integers(0, videos, _SAMPLED)
     drawn = drawn[table.uploaded_at_s[drawn] <= query.now_s].astype(np.int32)
-    shown = query.exclusions.shown_rows
-    newest_first = shown[::-1]
-    _, last = np.unique(newest_first, return_index=True)  # when each was shown last
-    longest_ago_first = newest_first[np.sort(last)[::-1]]
-    rows = table.servable_rows(np.concatenate([drawn, longest_ago_first, query.history_rows]))
+    rows = table.servable_rows(np.concatenate([drawn, query.exclusions.shown_rows, query.history_rows]))
     kind = kinds_of(rows, query, table)
     from_memory = np.arange(len(rows)) >= len(drawn)
     tier = np.full(len(rows), 3)

@@ -28,6 +28,7 @@ from reelway.platform.eventlog import EventLog, StoredRecord
 from reelway.platform.eventlog.arrow_records import viewer_partitions
 from reelway.platform.eventlog.exposure_events import decode_exposures
 from reelway.platform.eventlog.outcome_events import OUTCOME_TYPES, decode_outcomes
+from reelway.platform.eventlog.retained_records import batches_until
 from reelway.platform.eventlog.topics import Topic
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,6 @@ log = logging.getLogger(__name__)
 PARTS: Final = 16
 EXPOSED: Final = -1
 """Kind of an exposure; outcomes have the index of their type."""
-READ_RECORDS: Final = 500
 WRITE_ROWS: Final = 200_000
 MAX_FILES: Final = 24
 """Files of a part after which they are joined."""
@@ -69,35 +69,42 @@ class EventCopy:
         self._files, self._topic = files, topic
 
     def copy_new(
-        self, events: EventLog, offsets: Mapping[int, int], number: int
-    ) -> Iterator[tuple[dict[int, int], int]]:
+        self, events: EventLog, offsets: Mapping[int, int], newest_us: Mapping[int, int], number: int
+    ) -> Iterator[tuple[dict[int, int], dict[int, int], int]]:
         """Copies the records from ``offsets`` to the log's present end.
 
-        Yields the next offsets and number each time that everything before them is in the copy; the caller records
-        them before it continues.
+        A copied record's time is not before those of the records before it in its partition, as in the stream: a broker
+        that takes over a partition may have a slower clock.
+
+        Yields the next offsets, newest times and number each time that everything before them is in the copy; the
+        caller records them before it continues.
 
         Args:
+            newest_us: newest append time of each partition before ``offsets``.
             number: of the next file.
+
+        Raises:
+            StorageError: also if the log's end cannot be reached; what precedes may be in the copy.
         """
-        at, ends = dict(offsets), events.end_offsets()
+        at, newest = dict(offsets), dict(newest_us)
         waiting: list[pa.Table] = []
         rows = 0
-        while any(at.get(partition, 0) < end for partition, end in ends.items()):
-            batch = events.read(at, limit=READ_RECORDS)
-            if not batch.records and batch.next_offsets == at:
-                break
-            at = dict(batch.next_offsets)
-            waiting += [table for record in batch.records if (table := self._decoded(record, events.name)).num_rows]
+        for batch in batches_until(events, offsets, events.end_offsets()):
+            at |= batch.next_offsets
+            for record in batch.records:
+                newest[record.partition] = time_us = max(newest.get(record.partition, 0), record.time_us)
+                table = self._decoded(record._replace(time_us=time_us), events.name)
+                waiting += [table] if table.num_rows else []
             rows = sum(table.num_rows for table in waiting)
             if rows >= WRITE_ROWS:
                 self._write(pa.concat_tables(waiting), number)
                 number, waiting, rows = number + 1, [], 0
-                yield at, number
+                yield at, newest, number
         if rows:
             self._write(pa.concat_tables(waiting), number)
             number += 1
         if at != dict(offsets):
-            yield at, number
+            yield at, newest, number
 
     def read_part(self, part: int, wanted: EventFilter) -> pa.Table:
         """Returns the wanted events of a part in the log's order, reading some rows at a time."""

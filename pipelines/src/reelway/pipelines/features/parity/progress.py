@@ -10,7 +10,7 @@ from reelway.pipelines.features.parity.run_files import RunFiles
 from reelway.platform.errors import MalformedFileError
 
 PROGRESS_FILE: Final = "parity/progress.json"
-VERSION: Final = 1
+VERSION: Final = 2
 FINDINGS_S: Final = 86_400.0
 """Findings count for so many seconds, so that a release that is rolled out again is judged by what is served then."""
 HOUR_S: Final = 3600.0
@@ -22,6 +22,7 @@ class ReplayProgress:
 
     vectors: dict[str, dict[str, Any]] = field(default_factory=dict)
     offsets: dict[str, dict[int, int]] = field(default_factory=dict)
+    newest_us: dict[str, dict[int, int]] = field(default_factory=dict)  # append time, by topic and partition
     next_file: int = 0
     findings: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
 
@@ -38,11 +39,8 @@ class ReplayProgress:
                 return cls()
             if content.pop("version") != VERSION:
                 raise ValueError("another version")
-            offsets = {
-                topic: {int(partition): offset for partition, offset in position.items()}
-                for topic, position in content.pop("offsets").items()
-            }
-            return cls(offsets=offsets, **content)
+            offsets, newest_us = _by_partition(content.pop("offsets")), _by_partition(content.pop("newest_us"))
+            return cls(offsets=offsets, newest_us=newest_us, **content)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise MalformedFileError(
                 f"{files.location}/{PROGRESS_FILE}",
@@ -51,13 +49,13 @@ class ReplayProgress:
             ) from error
 
     def write(self, files: RunFiles) -> None:
-        offsets = {str(topic): {str(k): v for k, v in position.items()} for topic, position in self.offsets.items()}
         files.write_json(
             PROGRESS_FILE,
             {
                 "version": VERSION,
                 "vectors": self.vectors,
-                "offsets": offsets,
+                "offsets": _as_json(self.offsets),
+                "newest_us": _as_json(self.newest_us),
                 "next_file": self.next_file,
                 "findings": self.findings,
             },
@@ -94,6 +92,14 @@ class ReplayProgress:
                 "detail": f"first: {first}" if first else "",
             }
         return findings
+
+
+def _by_partition(values: dict[str, dict[str, int]]) -> dict[str, dict[int, int]]:
+    return {topic: {int(partition): value for partition, value in some.items()} for topic, some in values.items()}
+
+
+def _as_json(values: dict[str, dict[int, int]]) -> dict[str, dict[str, int]]:
+    return {str(topic): {str(partition): value for partition, value in some.items()} for topic, some in values.items()}
 
 
 def forget_vectors(files: RunFiles, now_s: float) -> None:

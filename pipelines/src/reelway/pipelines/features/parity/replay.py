@@ -160,8 +160,9 @@ class _Recomputation:
             self._uploads = read_uploads(self._files)
 
     def _copy_topic(self, progress: ReplayProgress, topic: Topic, copy: EventCopy, events: EventLog) -> None:
-        for offsets, number in copy.copy_new(events, progress.offsets.get(topic, {}), progress.next_file):
-            progress.offsets[topic], progress.next_file = offsets, number
+        offsets, newest_us = progress.offsets.get(topic, {}), progress.newest_us.get(topic, {})
+        for step in copy.copy_new(events, offsets, newest_us, progress.next_file):
+            progress.offsets[topic], progress.newest_us[topic], progress.next_file = step
             progress.write(self._files)
         copy.join_files(progress.next_file)
 

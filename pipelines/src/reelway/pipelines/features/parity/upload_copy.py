@@ -21,9 +21,9 @@ from reelway.platform.contracts.events import VIDEOS
 from reelway.platform.contracts.feature_names import VIEWS
 from reelway.platform.eventlog import EventLog, Offsets
 from reelway.platform.eventlog.catalogue_events import VideoUpsert, decode_upserts
+from reelway.platform.eventlog.retained_records import batches_until
 
 UPLOADS_FILE: Final = "parity/uploads.parquet"
-READ_RECORDS: Final = 500
 VECTORS: Final = ("visual", "audio", "text")
 UPLOAD_SCHEMA: Final = pa.schema(
     [
@@ -84,15 +84,12 @@ def copy_uploads(files: RunFiles, events: EventLog, offsets: Offsets) -> Offsets
     A replay that is killed may copy a version again, which changes nothing.
 
     Raises:
-        StorageError: if the log or a file cannot be read or written.
+        StorageError: if the log cannot be read to its end, or a file cannot be read or written.
     """
-    position, ends = dict(offsets), events.end_offsets()
+    position = dict(offsets)
     new: list[pa.Table] = []
-    while any(position.get(partition, 0) < end for partition, end in ends.items()):
-        batch = events.read(position, limit=READ_RECORDS)
-        if not batch.records and batch.next_offsets == position:
-            break
-        position = dict(batch.next_offsets)
+    for batch in batches_until(events, offsets, events.end_offsets()):
+        position |= batch.next_offsets
         upserts, _ = decode_upserts(batch.records)  # the overlay writer counts those that cannot be read
         known = [(one, at.time_us) for one, at in zip(upserts, batch.records, strict=True) if one is not None]
         if known:

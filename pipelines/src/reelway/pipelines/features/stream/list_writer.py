@@ -2,7 +2,8 @@
 
 The loop of the process that writes the overlay calls ``ListWriter.poll``. The state is stored in one file together with
 the offsets of the next records. A restart resumes from that file, so records after it are counted again and none twice.
-Without the file, the log is read from its beginning. A record that cannot be read is logged, counted and skipped.
+Records that are older than the windows are not read. While the task catches up, it writes no lists, since readers would
+not use them. A record that cannot be read is logged, counted and skipped.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ import numpy as np
 import pyarrow as pa
 from prometheus_client import CollectorRegistry
 
-from reelway.pipelines.features.stream.lists import ListWindows
+from reelway.pipelines.features.stream.lists import BUCKET_US, DAY_BUCKETS, ListWindows
 from reelway.pipelines.features.stream.recent_ids import I64
 from reelway.platform.errors import DataError
 from reelway.platform.eventlog import EventLog, ReadBatch, StoredRecord
 from reelway.platform.eventlog.exposure_events import EXPOSURE_EVENT_SCHEMA, decode_exposures
-from reelway.platform.eventlog.live_lists_file import LiveListsFile
+from reelway.platform.eventlog.live_lists_file import MAX_AGE_S, LiveListsFile
 from reelway.platform.eventlog.outcome_events import OUTCOME_EVENT_SCHEMA, decode_outcomes
 from reelway.platform.eventlog.topics import Topic, open_topic
 from reelway.platform.telemetry import counter, gauge
@@ -33,7 +34,7 @@ WRITE_INTERVAL_S: Final = 2.0
 SAVE_INTERVAL_S: Final = 60.0
 READ_LIMIT: Final = 500
 """Records of one read of a topic."""
-READS_PER_POLL: Final = 20
+READS_PER_POLL: Final = 2
 """Reads of a topic in one ``poll``, so that the caller's loop goes on while the task catches up."""
 _NEVER: Final = float("-inf")
 
@@ -43,6 +44,9 @@ class ListMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.age = gauge("reelway_lists_age_seconds", "Age of the time that the lists describe.", [], registry)
+        self.refused = gauge(
+            "reelway_lists_refused_values", "Regions and languages of exposures that found no free list.", [], registry
+        )
         self.events = counter(
             "reelway_lists_events_total", "Events of the log by kind; an event that was appended twice is repeated.",
             ["kind", "result"], registry,
@@ -93,9 +97,11 @@ class ListWriter:
         self._metrics = ListMetrics(registry)
         self._clock = clock
         self._written_s = self._saved_s = _NEVER
-        self._as_of_us = 0
+        self._as_of_us = self._described_us = 0
+        self._metrics.age.set_function(lambda: max(self._clock() - self._described_us / 1e6, 0.0))
         self._exposures = open_topic(events, Topic.EXPOSURES)
         self._outcomes = open_topic(events, Topic.OUTCOMES)
+        self._skip_old_records()
 
     def poll(self) -> int:
         """Reads what is new, and writes the lists if they are due. Returns the number of new events.
@@ -108,13 +114,13 @@ class ListWriter:
         outcomes_us, outcomes = self._read(Topic.OUTCOMES, self._outcomes)
         self._as_of_us = max(self._as_of_us, min(exposures_us, outcomes_us))
         now_s = self._clock()
-        if now_s - self._written_s >= WRITE_INTERVAL_S and self._as_of_us:
-            self._file.write(self._windows.lists(self._as_of_us))
-            self._written_s = now_s
-            self._metrics.dropped.set(self._windows.dropped_rows)
-        if now_s - self._saved_s >= SAVE_INTERVAL_S:
-            self.save()
-        self._metrics.age.set(max(now_s - self._as_of_us / 1e6, 0.0) if self._as_of_us else now_s)
+        try:
+            if now_s - self._written_s >= WRITE_INTERVAL_S and self._as_of_us:
+                self._written_s = now_s
+                self._write(now_s)
+        finally:
+            if now_s - self._saved_s >= SAVE_INTERVAL_S:
+                self.save()
         return exposures + outcomes
 
     def save(self) -> None:
@@ -129,6 +135,21 @@ class ListWriter:
         finally:
             self._exposures.close()
             self._outcomes.close()
+
+    def _write(self, now_s: float) -> None:
+        """Writes the lists unless they are too old to be used, and exports what they describe."""
+        if now_s - self._as_of_us / 1e6 <= MAX_AGE_S:
+            self._file.write(self._windows.lists(self._as_of_us))
+        self._described_us = self._as_of_us
+        self._metrics.dropped.set(self._windows.dropped_rows)
+        self._metrics.refused.set(self._windows.refused_values)
+
+    def _skip_old_records(self) -> None:
+        """Moves the offsets to the first records that the longest window may count."""
+        oldest_us = int(self._clock() * 1e6) - (DAY_BUCKETS + 1) * BUCKET_US
+        for topic, events in ((Topic.EXPOSURES, self._exposures), (Topic.OUTCOMES, self._outcomes)):
+            stored = self._offsets[topic]
+            self._offsets[topic] = {p: max(stored.get(p, 0), at) for p, at in events.offsets_at(oldest_us).items()}
 
     def _read(self, topic: Topic, events: EventLog) -> tuple[int, int]:
         """Counts the new records of one topic. Returns the log's watermark in microseconds and the new events."""

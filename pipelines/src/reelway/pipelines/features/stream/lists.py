@@ -25,8 +25,10 @@ every impression of the last day. An outcome of a viewer whose exposure is not k
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 from typing import Any, Final
+from zipfile import BadZipFile
 
 import numpy as np
 import pyarrow as pa
@@ -145,7 +147,8 @@ class ListWindows:
 
     def __init__(self, max_rows: int = MAX_ROWS) -> None:
         self._counts = WindowCounts(max_rows)
-        self._names = [""]  # code -> "region=eu"; code 0 is all viewers
+        self.refused_values = 0  # regions and languages that found no free list
+        self._names: list[str | None] = [""]  # code -> "region=eu", None if it is free; code 0 is all viewers
         self._codes = {"": 0}
         self._places = ViewerPlaces()
         self._impressions = RecentIds()
@@ -192,6 +195,8 @@ class ListWindows:
         lists: dict[str, RankedIds] = {}
         bounds = np.searchsorted(code, np.arange(len(self._names) + 1))
         for name, start, end in zip(self._names, bounds[:-1], bounds[1:], strict=True):
+            if name is None:
+                continue
             engagement = np.maximum(day[start:end, _ENGAGEMENT], 0.0)
             if name and engagement.sum() < MIN_LIST_ENGAGEMENT:
                 continue
@@ -201,6 +206,8 @@ class ListWindows:
             lists[list_name(POPULAR, dimension, value)] = _ranked(of_list, popular)
             trend = trend_scores(hour[start:end], engagement)
             lists[list_name(TRENDING, dimension, value)] = _ranked(of_list, np.where(trend >= MIN_TREND, trend, 0.0))
+        if len(self._codes) == MAX_LISTS:
+            self._free_codes(np.diff(bounds) == 0)
         return LiveListsSnapshot(as_of_us, lists)
 
     def save(self, path: Path, offsets: dict[str, Offsets]) -> None:
@@ -222,15 +229,15 @@ class ListWindows:
         if not path.exists():
             return {}
         try:
-            with np.load(path, allow_pickle=False) as stored:
+            with path.open("rb") as handle, np.load(handle, allow_pickle=False) as stored:
                 names, offsets = json.loads(stored["about"].tobytes())
                 for part, values in self._parts().items():
                     prefix = f"{part}."
                     values.restore({n.removeprefix(prefix): stored[n] for n in stored.files if n.startswith(prefix)})
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error) as error:
             raise MalformedFileError(path, "the state of the list task; delete the file", seen=repr(error)) from error
         self._names = names
-        self._codes = {name: code for code, name in enumerate(names)}
+        self._codes = {name: code for code, name in enumerate(names) if name is not None}
         return {topic: {int(p): int(o) for p, o in of_topic.items()} for topic, of_topic in offsets.items()}
 
     def _parts(self) -> dict[str, WindowCounts | ViewerPlaces | RecentIds]:
@@ -258,11 +265,24 @@ class ListWindows:
 
     def _code_of(self, name: str) -> int:
         if name not in self._codes:
-            if len(self._names) == MAX_LISTS:
+            if len(self._codes) == MAX_LISTS:
+                self.refused_values += 1
                 return 0
-            self._codes[name] = len(self._names)
-            self._names.append(name)
+            if len(self._names) < MAX_LISTS:
+                self._names.append(None)
+            code = self._names.index(None)
+            self._names[code], self._codes[name] = name, code
         return self._codes[name]
+
+    def _free_codes(self, is_empty: NDArray[np.bool_]) -> None:
+        """Frees the codes ``[C]`` of lists without a counted pair, so that new values do not lack one for ever."""
+        codes = np.flatnonzero(is_empty[1:]) + 1
+        self._places.forget(codes)
+        for code in codes.tolist():
+            name = self._names[code]
+            if name is not None:
+                del self._codes[name]
+                self._names[code] = None
 
 
 def outcome_weights(outcomes: pa.Table) -> F64:

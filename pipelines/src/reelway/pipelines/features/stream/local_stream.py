@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -29,6 +29,7 @@ from reelway.pipelines.features.stream.viewer_task import ViewerTask
 from reelway.pipelines.features.views import DAY_US, ViewSettings
 from reelway.platform.eventlog import EventLog, Offsets
 from reelway.platform.eventlog.parked_records import ParkedRecord, ParkedRecords
+from reelway.platform.eventlog.retained_records import records_of_partition
 from reelway.platform.eventlog.topics import Topic
 
 log = logging.getLogger(__name__)
@@ -222,6 +223,15 @@ def begin(
 
 def offset_to_dataset_us(logs: ViewerLogs, settled_us: int, clock: Callable[[], float]) -> int:
     """Returns how long the data set has ended when the stream begins, 0 for less than a day."""
-    firsts: Iterable[int] = (record.time_us for events in logs.values() for record in events.read({}, limit=1).records)
-    rested_us = min([int(clock() * 1e6), *firsts]) - settled_us
+    firsts_us = [time_us for events in logs.values() for time_us in _first_times_us(events)]
+    rested_us = min([int(clock() * 1e6), *firsts_us]) - settled_us
     return rested_us if rested_us > STALE_DATASET_AGE_US else 0
+
+
+def _first_times_us(events: EventLog) -> Iterator[int]:
+    """Yields the append time of the oldest record of each partition that has one."""
+    ends = events.end_offsets()
+    for partition in ends:
+        oldest = next(records_of_partition(events, partition, None, ends, limit=1), None)
+        if oldest is not None:
+            yield oldest.time_us

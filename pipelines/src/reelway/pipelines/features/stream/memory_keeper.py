@@ -13,6 +13,7 @@ from typing import Final
 from feast import FeatureStore
 
 from reelway.pipelines.features.stream.memory_rebuild import rebuild_viewer_memory
+from reelway.pipelines.features.stream.metrics import StreamMetrics
 from reelway.platform.errors import ReelwayError
 from reelway.platform.eventlog.topics import Topic, open_topic
 from reelway.platform.features.viewer_memory import ViewerMemory, open_viewer_memory
@@ -24,16 +25,17 @@ CHECK_INTERVAL_S: Final = 10.0
 
 
 @contextmanager
-def viewer_memory_kept_complete(store: FeatureStore, events: str | Path) -> Iterator[None]:
+def viewer_memory_kept_complete(store: FeatureStore, events: str | Path, metrics: StreamMetrics) -> Iterator[None]:
     """Checks the viewers' memory of an online store on a thread while the block runs.
 
-    Several processes may check the same store, because a rebuild is idempotent. A failed check is logged and repeated.
+    Several processes may check the same store, because a rebuild is idempotent. A failed check is
+    logged, counted and repeated. The end of the block stops a rebuild that runs.
 
     Args:
         events: address of the event log.
     """
     memory, stop = open_viewer_memory(store), threading.Event()
-    thread = threading.Thread(target=_check_until, args=(memory, events, stop), name="viewer memory")
+    thread = threading.Thread(target=check_until, args=(memory, events, metrics, stop), name="viewer memory")
     thread.start()
     try:
         yield
@@ -42,15 +44,27 @@ def viewer_memory_kept_complete(store: FeatureStore, events: str | Path) -> Iter
         thread.join()
 
 
-def _check_until(memory: ViewerMemory, events: str | Path, stop: threading.Event) -> None:
+def check_until(
+    memory: ViewerMemory, events: str | Path, metrics: StreamMetrics, stop: threading.Event, *,
+    interval_s: float = CHECK_INTERVAL_S,
+) -> None:  # fmt: skip
+    """Checks the memory, and rebuilds it if it is not complete, until ``stop`` is set. See the block's description."""
     while not stop.is_set():
         try:
-            if not memory.is_complete():
+            is_complete = memory.is_complete()
+            metrics.record_viewer_memory(is_complete)
+            if not is_complete:
                 with (
                     closing(open_topic(events, Topic.EXPOSURES)) as exposures,
                     closing(open_topic(events, Topic.OUTCOMES)) as outcomes,
                 ):
-                    rebuild_viewer_memory(memory, exposures, outcomes, time.time())
-        except ReelwayError as error:
-            log.error("viewer memory: not checked, trying again in %g s: %s", CHECK_INTERVAL_S, error)
-        stop.wait(CHECK_INTERVAL_S)
+                    rebuild_viewer_memory(memory, exposures, outcomes, time.time(), stop)
+                metrics.record_viewer_memory(memory.is_complete())
+        except Exception as error:  # the stream goes on, and the next check may succeed
+            metrics.record_viewer_memory(False)
+            metrics.count_viewer_memory_fault()
+            log.error(
+                "viewer memory: not checked, trying again in %g s: %s", interval_s, error,
+                exc_info=not isinstance(error, ReelwayError),
+            )  # fmt: skip
+        stop.wait(interval_s)

@@ -9,8 +9,7 @@ written twice counts once, so a rebuild may run at any time, twice, or be killed
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Iterator
+import threading
 from dataclasses import dataclass
 from typing import Final
 
@@ -21,18 +20,18 @@ import pyarrow.compute as pc
 from reelway.pipelines.features.labels import times_us
 from reelway.platform.contracts.blend import MAX_SHOWN_HOURS, MAX_SHOWN_VIDEOS, MAX_WATCHED_DAYS
 from reelway.platform.contracts.events import OutcomeType
-from reelway.platform.errors import DataError, StorageError
+from reelway.platform.errors import DataError
 from reelway.platform.eventlog.event_log import EventLog, StoredRecord
 from reelway.platform.eventlog.exposure_events import decode_exposures
 from reelway.platform.eventlog.outcome_events import decode_outcomes
+from reelway.platform.eventlog.retained_records import records_of_partition
 from reelway.platform.features.viewer_memory import ViewerMemory
 from reelway.platform.features.watched_filter import GENERATION_DAYS
 
 log = logging.getLogger(__name__)
 
-_READ: Final = 500
-_WAIT_S: Final = 1.0
-_MOST_EMPTY_READS: Final = 30
+_APPEND_MARGIN_US: Final = 3_600_000_000
+"""How long before a video is shown its record may be in the log, by clocks that differ."""
 _CHOICES: Final = (
     (OutcomeType.BLOCK_CREATOR, "creator_id"),
     (OutcomeType.BLOCK_TOPIC, "topic"),
@@ -51,7 +50,7 @@ class RebuiltMemory:
 
 
 def rebuild_viewer_memory(
-    memory: ViewerMemory, exposures: EventLog, outcomes: EventLog, now_s: float
+    memory: ViewerMemory, exposures: EventLog, outcomes: EventLog, now_s: float, stop: threading.Event
 ) -> RebuiltMemory | None:
     """Reads the log up to its present end into the memory, unless the memory has its marker. Sets the marker.
 
@@ -61,29 +60,37 @@ def rebuild_viewer_memory(
         exposures: the topic ``exposures``.
         outcomes: the topic ``outcomes``.
         now_s: Unix seconds; older exposures than ``MAX_SHOWN_HOURS`` before are not read into the memory.
+        stop: ends the rebuild early, without the marker.
 
     Returns:
-        What was written; ``None`` if the memory was complete.
+        What was written; ``None`` if the memory was complete, or the rebuild was stopped.
 
     Raises:
         StorageError: if the log cannot be read or the memory cannot be written. The marker is not set then.
     """
     if memory.is_complete():
         return None
-    shown, unreadable = _restore_exposures(memory, exposures, now_s)
-    watched, choices, unreadable_outcomes = _restore_outcomes(memory, outcomes, now_s)
+    shown, unreadable = _restore_exposures(memory, exposures, now_s, stop)
+    watched, choices, unreadable_outcomes = _restore_outcomes(memory, outcomes, now_s, stop)
+    if stop.is_set():
+        return None
     memory.mark_complete()
     rebuilt = RebuiltMemory(shown, watched, choices, unreadable + unreadable_outcomes)
     log.info("viewer memory rebuilt from the event log: %s", rebuilt)
     return rebuilt
 
 
-def _restore_exposures(memory: ViewerMemory, exposures: EventLog, now_s: float) -> tuple[int, int]:
+def _restore_exposures(
+    memory: ViewerMemory, exposures: EventLog, now_s: float, stop: threading.Event
+) -> tuple[int, int]:
     restored = unreadable = 0
     oldest_us = int((now_s - MAX_SHOWN_HOURS * 3600.0) * 1e6)
-    for partition, end in sorted(exposures.end_offsets().items()):
+    ends, firsts = exposures.end_offsets(), exposures.offsets_at(oldest_us - _APPEND_MARGIN_US)
+    for partition in sorted(ends):
         parts = []
-        for record in _records(exposures, partition, end):
+        for record in records_of_partition(exposures, partition, firsts[partition], ends):
+            if stop.is_set():
+                return restored, unreadable
             table = _decoded(record, exposures.name, is_outcome=False)
             if table is None:
                 unreadable += 1
@@ -94,18 +101,22 @@ def _restore_exposures(memory: ViewerMemory, exposures: EventLog, now_s: float) 
             parts.append((viewer_video_N2[recent], shown_us[recent]))
         if parts:
             restored += _restore_viewers(
-                memory, np.concatenate([part for part, _ in parts]), np.concatenate([part for _, part in parts])
+                memory, np.concatenate([part for part, _ in parts]), np.concatenate([part for _, part in parts]), stop
             )
     return restored, unreadable
 
 
-def _restore_viewers(memory: ViewerMemory, viewer_video_N2: np.ndarray, shown_us: np.ndarray) -> int:
+def _restore_viewers(
+    memory: ViewerMemory, viewer_video_N2: np.ndarray, shown_us: np.ndarray, stop: threading.Event
+) -> int:
     """Restores the newest videos of each viewer; a slate that is in the log twice counts once."""
     restored = 0
     order = np.lexsort((shown_us, viewer_video_N2[:, 0]))
     rows, times_N = viewer_video_N2[order], shown_us[order]
     bounds = np.flatnonzero(np.diff(rows[:, 0], prepend=-1, append=-1))
     for first, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        if stop.is_set():
+            return restored
         _, distinct = np.unique(np.stack([rows[first:end, 1], times_N[first:end]], axis=1), axis=0, return_index=True)
         kept = first + np.sort(distinct)[-MAX_SHOWN_VIDEOS:]
         memory.restore_shown(int(rows[first, 0]), rows[kept, 1], times_N[kept] / 1e6)
@@ -113,11 +124,16 @@ def _restore_viewers(memory: ViewerMemory, viewer_video_N2: np.ndarray, shown_us
     return restored
 
 
-def _restore_outcomes(memory: ViewerMemory, outcomes: EventLog, now_s: float) -> tuple[int, int, int]:
+def _restore_outcomes(
+    memory: ViewerMemory, outcomes: EventLog, now_s: float, stop: threading.Event
+) -> tuple[int, int, int]:
     watched = choices = unreadable = 0
     oldest_us = int((now_s - (MAX_WATCHED_DAYS + GENERATION_DAYS) * 86_400.0) * 1e6)
-    for partition, end in sorted(outcomes.end_offsets().items()):
-        for record in _records(outcomes, partition, end):
+    ends = outcomes.end_offsets()
+    for partition in sorted(ends):
+        for record in records_of_partition(outcomes, partition, None, ends):
+            if stop.is_set():
+                return watched, choices, unreadable
             table = _decoded(record, outcomes.name, is_outcome=True)
             if table is None:
                 unreadable += 1
@@ -156,25 +172,6 @@ def _restore_choices(memory: ViewerMemory, table: pa.Table, types: pa.ChunkedArr
                 memory.block(viewer_id, **{"creators" if column == "creator_id" else "topics": [id_]})
             choices += 1
     return choices
-
-
-def _records(topic: EventLog, partition: int, end: int) -> Iterator[StoredRecord]:
-    """Yields the records of one partition before ``end``. The other partitions are read from their ends on."""
-    position = {other: offset for other, offset in topic.end_offsets().items() if other != partition}
-    started_us = int(time.time() * 1e6)
-    empty_reads = 0
-    while position.get(partition, -1) < end:
-        batch = topic.read(position, limit=_READ, wait_s=_WAIT_S)
-        yield from (record for record in batch.records if record.partition == partition and record.offset < end)
-        if not batch.records and batch.watermark_us >= started_us:
-            return  # retention has deleted the records before ``end``
-        empty_reads = 0 if batch.records else empty_reads + 1
-        if empty_reads > _MOST_EMPTY_READS:
-            raise StorageError(
-                f"{topic.name}: partition {partition} ends at offset {end}, but nothing can be read after offset "
-                f"{position.get(partition)}; check the event log"
-            )
-        position = {**position, **batch.next_offsets}
 
 
 def _decoded(record: StoredRecord, name: str, *, is_outcome: bool) -> pa.Table | None:

@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 IDLE_DELAY_S: Final = 0.1
 """Delay between two steps when the topics had nothing new."""
-REQUESTS_INTERVAL_S: Final = 1.0
+REQUESTS_INTERVAL_S: Final = 5.0
 """How often the requested releases are listed."""
 RETRY_DELAY_S: Final = 5.0
 """Delay until a release that failed is opened again."""
@@ -66,8 +66,9 @@ class OverlayWriterMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.age = gauge(
-            "reelway_uploads_age_seconds", "Time since the catalogue was last read to its end.", [], registry
-        )
+            "reelway_uploads_age_seconds",
+            "Time since the catalogue was last read to its end with every requested release written.", [], registry,
+        )  # fmt: skip
         self.rows = gauge("reelway_uploads_overlay_rows", "Rows of a release's overlay.", ["release"], registry)
         self.embedded = counter(
             "reelway_uploads_embedded_total", "Uploads and updates that became rows.", ["release"], registry
@@ -77,6 +78,10 @@ class OverlayWriterMetrics:
         )
         self.repaired = counter(
             "reelway_uploads_repaired_total", "Records appended again because an older version came after them.", [],
+            registry,
+        )  # fmt: skip
+        self.unrepaired = counter(
+            "reelway_uploads_unrepaired_total", "Newest versions that were to be appended again and are gone.", [],
             registry,
         )  # fmt: skip
         self.faults = counter("reelway_uploads_faults_total", "Steps that failed.", [], registry)
@@ -112,10 +117,13 @@ class OverlayWriter:
         )
         self._uploads = VersionGuard(catalogue, decode_upserts)
         self._guards = (self._uploads, VersionGuard(takedowns, decode_status_changes))
+        self._served: set[str] = set()  # releases to write, by the last listing
         self._overlays: dict[str, ReleaseOverlay] = {}
         self._retry_at: dict[str, float] = {}
         self._next_listing = float("-inf")
+        self._is_listed = False
         self._current_at = clock()
+        metrics.age.set_function(lambda: max(self._clock() - self._current_at, 0.0))
 
     def step(self) -> int:
         """Takes in what is new and returns the number of records that were read."""
@@ -130,13 +138,13 @@ class OverlayWriter:
             read += result.read
             is_current &= guard.is_at_end and result.read < READ_LIMIT
             self._metrics.repaired.inc(result.appended)
-        self._open_and_close()
+            self._metrics.unrepaired.inc(result.lost)
+        is_current &= self._open_and_close()
         if self._uploads.is_at_end:  # before, the newest version of a video is not known
             for release, overlay in list(self._overlays.items()):
                 read += self._step_release(release, overlay)
-        if is_current:
+        if is_current and self._served <= set(self._overlays):
             self._current_at = self._clock()
-        self._metrics.age.set(max(self._clock() - self._current_at, 0.0))
         return read
 
     def close(self) -> None:
@@ -156,22 +164,27 @@ class OverlayWriter:
         self._metrics.record(release, done, overlay.count)
         return done.read
 
-    def _open_and_close(self) -> None:
-        """Opens the releases that are requested and closes those that are not any more."""
+    def _open_and_close(self) -> bool:
+        """Opens the releases that are requested and closes those that are not any more.
+
+        Returns:
+            Whether the requests could be listed when they were last due.
+        """
         now = self._clock()
-        if now < self._next_listing:
-            return
-        self._next_listing = now + REQUESTS_INTERVAL_S
-        try:
-            served = set(self._requests.served(now))
-        except StorageError as error:
-            self._fail("overlay", error)
-            return
-        for release in set(self._overlays) - served:
+        if now >= self._next_listing:
+            self._next_listing = now + REQUESTS_INTERVAL_S
+            self._is_listed = False
+            try:
+                self._served = set(self._requests.served(now))
+                self._is_listed = True
+            except StorageError as error:
+                self._fail("overlay", error)
+        for release in set(self._overlays) - self._served:
             self._overlays.pop(release).close()
-        for release in served - set(self._overlays):
+        for release in self._served - set(self._overlays):
             if now >= self._retry_at.get(release, now):
                 self._open(release)
+        return self._is_listed
 
     def _open(self, release: str) -> None:
         options = self._options
@@ -208,11 +221,12 @@ def run_overlay_writer(options: OverlayOptions, stop: threading.Event) -> None:
         closing(OverlayWriter(options, metrics)) as writer,
         closing(ListWriter(options.events, options.overlay, options.lists_state, registry)) as lists,
     ):
+        poller = ListPoller(lists, metrics)
         server = start_http_server(options.metrics_port, registry=registry) if options.metrics_port else None
         try:
             while not stop.is_set():
                 changed = writer.step()
-                if not (_poll_lists(lists, metrics) or changed):
+                if not (poller.poll() or changed):
                     stop.wait(IDLE_DELAY_S)
         finally:
             if server:
@@ -220,13 +234,28 @@ def run_overlay_writer(options: OverlayOptions, stop: threading.Event) -> None:
                 server[0].server_close()
 
 
-def _poll_lists(lists: ListWriter, metrics: OverlayWriterMetrics) -> int:
-    try:
-        return lists.poll()
-    except ReelwayError as error:
-        metrics.faults.inc()
-        log.error("lists: not updated, trying again in %g s: %s", IDLE_DELAY_S, error)
-        return 0
+class ListPoller:
+    """Polls the list task. After an error it waits ``RETRY_DELAY_S``, so that a fault is not repeated at every step."""
+
+    def __init__(
+        self, lists: ListWriter, metrics: OverlayWriterMetrics, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._lists = lists
+        self._metrics = metrics
+        self._clock = clock
+        self._retry_at = float("-inf")
+
+    def poll(self) -> int:
+        """Returns the number of new events; 0 after an error."""
+        if self._clock() < self._retry_at:
+            return 0
+        try:
+            return self._lists.poll()
+        except ReelwayError as error:
+            self._metrics.faults.inc()
+            self._retry_at = self._clock() + RETRY_DELAY_S
+            log.error("lists: not updated, trying again in %g s: %s", RETRY_DELAY_S, error)
+            return 0
 
 
 @contextmanager

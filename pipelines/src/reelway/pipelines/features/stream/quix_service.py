@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import time
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from prometheus_client import CollectorRegistry
 from reelway.pipelines.features.stream.bootstrap import initial_watermark_us
 from reelway.pipelines.features.stream.clock import STREAM_CLOCK_FILE, StreamClock
 from reelway.pipelines.features.stream.local_stream import offset_to_dataset_us
+from reelway.pipelines.features.stream.member_threads import running_threads
 from reelway.pipelines.features.stream.memory_keeper import viewer_memory_kept_complete
 from reelway.pipelines.features.stream.metrics import StreamMetrics, metrics_server
 from reelway.pipelines.features.stream.quix_stream import VIDEO_ROWS, VIEWER_ROWS, QuixSettings, QuixStream
@@ -32,6 +34,7 @@ from reelway.pipelines.features.stream.run_inputs import load_dataset, video_fac
 from reelway.pipelines.features.stream.service import TOPICS, StreamOptions
 from reelway.pipelines.features.stream.sinks import FeatureSinks
 from reelway.platform.atomic_files import write_json
+from reelway.platform.errors import ReelwayError
 from reelway.platform.eventlog import EventLog, LogRecord
 from reelway.platform.eventlog.addresses import client_settings
 from reelway.platform.eventlog.arrow_records import encode_rows
@@ -43,6 +46,8 @@ from reelway.platform.eventlog.parked_records import ParkedRecords
 from reelway.platform.eventlog.topics import Topic, open_topic
 from reelway.platform.features.feast_store import open_feature_store
 from reelway.platform.run_directory import RunDirectory
+
+log = logging.getLogger(__name__)
 
 HEARTBEAT_S: Final = 0.5
 """A partition that this member reads gets a heartbeat after this long without a record."""
@@ -58,6 +63,7 @@ def run_member(run: RunDirectory, options: StreamOptions, stop: threading.Event)
     Raises:
         FeatureError: if the run has no features.
         StorageError: if the log cannot be opened.
+        Exception: whatever a thread of the member raised.
     """
     registry = CollectorRegistry()
     metrics, ended = StreamMetrics(registry), threading.Event()
@@ -72,35 +78,23 @@ def run_member(run: RunDirectory, options: StreamOptions, stop: threading.Event)
         stream = QuixStream(settings, rules, began_us, lambda: load_dataset(run), video_facts(run), metrics, parked)
         features = open_feature_store(run.features)
         sinks = FeatureSinks(features, FeatureChangelog(options.overlay or run.overlay))
-        stack.enter_context(viewer_memory_kept_complete(features, options.events))
+        stack.enter_context(viewer_memory_kept_complete(features, options.events, metrics))
         schemas, sources = row_schemas(views), settings.partitions * len(VIDEO_VIEWS)
         client = {"bootstrap.servers": settings.servers, **settings.client}
-        threads = [
-            threading.Thread(target=send_heartbeats, args=(logs, stream, metrics, ended)),
-            threading.Thread(target=stop_when_requested, args=(stream, stop, ended)),
-            threading.Thread(
-                target=deliver_rows,
-                args=(
-                    client, settings.prefix + VIEWER_ROWS, lambda: ViewerRowDelivery(sinks, schemas, metrics), metrics,
-                    ended,
-                ),
+        targets = {
+            "heartbeats": lambda: send_heartbeats(logs, stream, metrics, ended),
+            "stop": lambda: stop_when_requested(stream, stop, ended),
+            "viewer rows": lambda: deliver_rows(
+                client, settings.prefix + VIEWER_ROWS, lambda: ViewerRowDelivery(sinks, schemas, metrics),
+                metrics, ended,
             ),
-            threading.Thread(
-                target=deliver_rows,
-                args=(
-                    client, settings.prefix + VIDEO_ROWS, lambda: VideoRowDelivery(sinks, schemas, metrics, sources),
-                    metrics, ended,
-                ),
+            "video rows": lambda: deliver_rows(
+                client, settings.prefix + VIDEO_ROWS, lambda: VideoRowDelivery(sinks, schemas, metrics, sources),
+                metrics, ended,
             ),
-        ]  # fmt: skip
-        for thread in threads:
-            thread.start()
-        try:
+        }  # fmt: skip
+        with running_threads(targets, stop, ended, metrics):
             stream.application.run()
-        finally:
-            ended.set()
-            for thread in threads:
-                thread.join()
 
 
 def member_settings(logs: Mapping[Topic, EventLog], events: str, state: Path) -> QuixSettings:
@@ -159,16 +153,25 @@ def send_heartbeats(
             quiet = [partition for partition, age_s in enumerate(ages_s) if to_all or HEARTBEAT_S <= age_s < _OWN_S]
             _append(events, [LogRecord(uuid4().hex, partition, payloads[topic]) for partition in quiet], metrics)
         if to_all:
-            metrics.record_lag(_lag(logs, read))
+            _record_lag(logs, read, metrics)
 
 
 def _append(events: EventLog, records: list[LogRecord], metrics: StreamMetrics) -> None:
-    from reelway.platform.errors import StorageError
-
     try:
         events.append(records)
-    except StorageError:
-        metrics.count_fault()  # the next heartbeat follows soon
+    except ReelwayError as error:  # the next heartbeat follows soon
+        metrics.count_fault()
+        log.error("heartbeat not sent: %s", error)
+
+
+def _record_lag(
+    logs: Mapping[Topic, EventLog], read: Mapping[tuple[str, int], tuple[int, float]], metrics: StreamMetrics
+) -> None:
+    try:
+        metrics.record_lag(_lag(logs, read))
+    except ReelwayError as error:  # heartbeats matter more
+        metrics.count_fault()
+        log.error("number of unread records not known: %s", error)
 
 
 def _lag(

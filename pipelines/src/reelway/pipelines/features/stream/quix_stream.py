@@ -12,11 +12,13 @@ append heartbeats (records without events) to quiet partitions.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+from uuid import uuid4
 
 import numpy as np
 from quixstreams import Application, MessageContext, State, message_context
@@ -47,6 +49,8 @@ from reelway.platform.eventlog import StoredRecord
 from reelway.platform.eventlog.arrow_records import viewer_partitions
 from reelway.platform.eventlog.parked_records import ParkedRecords
 from reelway.platform.eventlog.topics import Topic
+
+log = logging.getLogger(__name__)
 
 COMMIT_INTERVAL_S: Final = 0.5
 """Time between two transactions. Rows are readable after the commit."""
@@ -132,6 +136,29 @@ class _Payload(Serializer):  # type: ignore[misc]
         return value.payload
 
 
+class _MemberApplication(Application):  # type: ignore[misc]
+    """Reports to the metrics which partitions the group assigns to this member."""
+
+    def report_to(self, metrics: StreamMetrics, topic: str) -> None:
+        """Reports the assignments of one topic; the others have the same partitions."""
+        self._metrics, self._reported_topic = metrics, topic
+
+    def _on_assign(self, consumer: Any, topic_partitions: list[Any]) -> None:
+        super()._on_assign(consumer, topic_partitions)
+        self._metrics.record_assignment(self._reported(topic_partitions))
+
+    def _on_revoke(self, consumer: Any, topic_partitions: list[Any]) -> None:
+        self._metrics.record_revocation(self._reported(topic_partitions))
+        super()._on_revoke(consumer, topic_partitions)
+
+    def _on_lost(self, consumer: Any, topic_partitions: list[Any]) -> None:
+        self._metrics.record_revocation(self._reported(topic_partitions))
+        super()._on_lost(consumer, topic_partitions)
+
+    def _reported(self, topic_partitions: list[Any]) -> list[int]:
+        return [one.partition for one in topic_partitions if one.topic == self._reported_topic]
+
+
 class QuixStream:
     """One member. ``application`` is run by the caller, in the main thread.
 
@@ -156,7 +183,8 @@ class QuixStream:
         self._dataset: DatasetState | None = None
         self.read_offsets: dict[tuple[str, int], tuple[int, float]] = {}
         """(topic, partition) -> next offset, and when the last record was read (monotonic seconds)."""
-        self.application = Application(
+        metrics.measure_ages(rules.behind_us, {view: schedule.grid_us for view, schedule in rules.schedules.items()})
+        self.application = _MemberApplication(
             broker_address=_connection(settings),
             consumer_group=f"{settings.prefix}features",
             auto_offset_reset="earliest",
@@ -169,8 +197,10 @@ class QuixStream:
             producer_extra_config={
                 "partitioner": PARTITIONER, "compression.type": "lz4", "linger.ms": 5,
                 "transaction.timeout.ms": SESSION_TIMEOUT_MS,
+                "transactional.id": f"{settings.prefix}features-{uuid4().hex}",  # so that rights can name a prefix
             },
         )  # fmt: skip
+        self.application.report_to(metrics, settings.prefix + Topic.OUTCOMES)
         self._build()
 
     def _build(self) -> None:
@@ -230,11 +260,7 @@ class QuixStream:
         self._metrics.count_events(done.results)
         if not done.steps:
             return outputs
-        self._metrics.record_progress(
-            time.time_ns() / 1000 - self._rules.behind_us,
-            done.settled_us,
-            {view: schedule.grid_us for view, schedule in self._rules.schedules.items()},
-        )
+        self._metrics.record_progress(done.settled_us, context.partition)
         outputs += self._row_outputs(VIEWER_ROWS, done.rows)
         for view in VIDEO_VIEWS:
             cells = [some for some in done.cells if some.view == view]
@@ -288,6 +314,11 @@ class QuixStream:
         events, parked = read_records(topic, context.topic, [record], self._facts)
         if parked:
             self._metrics.count_parked({parked[0].kind: 1})
+            first = parked[0]
+            log.warning(
+                "records parked: log=%s count=1, the first: partition=%d offset=%d reason=%s",
+                first.log, first.partition, first.offset, first.reason,
+            )  # fmt: skip
             if self._parked is not None:
                 self._parked.park(parked)
         task.add(events)

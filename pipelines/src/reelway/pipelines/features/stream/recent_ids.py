@@ -79,6 +79,10 @@ class ViewerPlaces:
         slot = _slots_of(viewer_ids, len(self._viewers))
         return np.where((self._viewers[slot] == viewer_ids)[:, None], self._codes[slot], np.int16(0))
 
+    def forget(self, codes: I64) -> None:
+        """Makes the codes unknown for all viewers."""
+        self._codes[np.isin(self._codes, codes)] = 0
+
     def to_arrays(self) -> dict[str, NDArray[Any]]:
         """Returns the known viewers and their codes."""
         used = self._viewers != _FREE

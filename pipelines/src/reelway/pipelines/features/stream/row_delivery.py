@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import pyarrow as pa
 
+from reelway.pipelines.features.stream.log_records import UNREADABLE
 from reelway.pipelines.features.stream.metrics import StreamMetrics
-from reelway.pipelines.features.stream.row_records import Progress, Row, decode, to_table
+from reelway.pipelines.features.stream.row_records import Progress, Row, check_fields, decode, to_table
 from reelway.pipelines.features.stream.sinks import FeatureSinks
 from reelway.pipelines.features.stream.time_buckets import LAYOUTS, STREAMED, view_values_at
 from reelway.pipelines.features.views import ViewSettings
-from reelway.platform.errors import FeatureError, MalformedFileError, StorageError
+from reelway.platform.errors import DataError, FeatureError, StorageError
 
 if TYPE_CHECKING:
     from confluent_kafka import Consumer, Message
@@ -42,7 +43,7 @@ class ViewerRowDelivery:
         """Delivers all rows. Returns None: no offset is held back."""
         latest: dict[str, dict[int, Row]] = {}
         for message in messages:
-            row = decode(message.key() or b"", message.value() or b"")
+            row = _decoded(message, self._schemas, self._metrics)
             if isinstance(row, Row):
                 latest.setdefault(row.view, {})[row.entity] = row
         for view, rows in latest.items():
@@ -71,10 +72,10 @@ class VideoRowDelivery:
         for message in messages:
             offset = message.offset() or 0
             next_offset = offset + 1
-            found = decode(message.key() or b"", message.value() or b"")
+            found = _decoded(message, self._schemas, self._metrics)
             if isinstance(found, Progress):
                 self._progress[found.view, found.partition] = found.as_of_us
-            else:
+            elif found is not None:
                 self._held[offset] = found
         if len(self._progress) == self._sources:
             self._release(next_offset, min(self._progress.values()))
@@ -95,6 +96,19 @@ class VideoRowDelivery:
 
 
 Delivery = ViewerRowDelivery | VideoRowDelivery
+
+
+def _decoded(message: Message, schemas: Mapping[str, pa.Schema], metrics: StreamMetrics) -> Row | Progress | None:
+    """Returns what a message holds; None, logged and counted, if this version cannot read it."""
+    try:
+        found = decode(message.key() or b"", message.value() or b"")
+        if isinstance(found, Row):
+            check_fields(found, schemas)
+        return found
+    except DataError as error:
+        log.warning("row skipped: topic=%s offset=%s: %s", message.topic(), message.offset(), error)
+        metrics.count_parked({UNREADABLE: 1})
+        return None
 
 
 def row_schemas(settings: ViewSettings) -> dict[str, pa.Schema]:
@@ -137,7 +151,7 @@ def deliver_rows(
     consumer.subscribe([topic], on_assign=forget, on_revoke=forget, on_lost=forget)
     try:
         while not stop.is_set():
-            messages = [m for m in consumer.consume(MAX_ROWS, timeout=POLL_S) if m.error() is None]
+            messages = without_errors(consumer.consume(MAX_ROWS, timeout=POLL_S), topic, metrics)
             if not messages:
                 continue
             if not current:
@@ -150,13 +164,22 @@ def deliver_rows(
         consumer.close()
 
 
+def without_errors(messages: Sequence[Message], topic: str, metrics: StreamMetrics) -> list[Message]:
+    """Returns the messages that are no errors, such as a refused authorisation. Errors are logged and counted."""
+    errors = [error for message in messages if (error := message.error()) is not None]
+    if errors:
+        metrics.count_fault()
+        log.error("%s: cannot read rows: %s", topic, errors[0])
+    return [message for message in messages if message.error() is None]
+
+
 def _deliver_until_done(
     delivery: Delivery, messages: Sequence[Message], metrics: StreamMetrics, stop: threading.Event
 ) -> int | None:
     while True:
         try:
             return delivery.deliver(messages)
-        except (FeatureError, MalformedFileError, StorageError) as error:
+        except (DataError, FeatureError, StorageError) as error:
             metrics.count_fault()
             log.error("delivery failed, retrying in %g s: %s", RETRY_DELAY_S, error)
             if stop.wait(RETRY_DELAY_S):

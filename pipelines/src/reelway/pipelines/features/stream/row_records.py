@@ -7,7 +7,7 @@ partition's rows of a view are complete.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from reelway.pipelines.features.labels import times_us
 from reelway.pipelines.features.stream.entity_views import EmittedRows
 from reelway.pipelines.features.stream.time_buckets import ENTITY_KEYS
 from reelway.platform.contracts.events import TIMESTAMP_TYPE
+from reelway.platform.errors import DataError
 
 _TIMES = ("event_timestamp", "created_timestamp")
 
@@ -58,11 +59,31 @@ def encode_progress(progress: Progress) -> tuple[bytes, bytes]:
 
 
 def decode(key: bytes, value: bytes) -> Row | Progress:
-    """Returns what one record of either topic holds."""
-    names, content = key.decode().split(":"), json.loads(value)
-    if names[0] == "progress":
-        return Progress(names[1], int(names[2]), content["as_of_us"])
-    return Row(names[0], int(names[1]), content["at_us"], content["fields"])
+    """Returns what one record of either topic holds.
+
+    Raises:
+        DataError: if it is neither a row nor progress, such as a tombstone.
+    """
+    try:
+        names, content = key.decode().split(":"), json.loads(value)
+        if names[0] == "progress":
+            return Progress(names[1], int(names[2]), content["as_of_us"])
+        return Row(names[0], int(names[1]), content["at_us"], content["fields"])
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise DataError(f"record with key {key!r} is no row of the stream: {error!r}") from error
+
+
+def check_fields(row: Row, schemas: Mapping[str, pa.Schema]) -> None:
+    """Checks that a row has a value for each column of its view.
+
+    Raises:
+        DataError: if it does not, because another version wrote it.
+    """
+    if row.view not in schemas:
+        raise DataError(f"row of {row.entity}: this version has no view {row.view!r}")
+    known = {*row.fields, *_TIMES, ENTITY_KEYS[row.view]}
+    if missing := [name for name in schemas[row.view].names if name not in known]:
+        raise DataError(f"row of {row.view} {row.entity} lacks {', '.join(missing)}; another version wrote it")
 
 
 def to_table(view: str, rows: Sequence[Row], schema: pa.Schema) -> pa.Table:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -65,10 +64,13 @@ def run_stream(
     registry = CollectorRegistry()
     metrics = StreamMetrics(registry)
     grids_us = {view: schedule.grid_us for view, schedule in emission_schedules(view_settings(run)).items()}
-    with metrics_server(options.metrics_port, registry), open_stream(run, options) as stream:
+    with metrics_server(options.metrics_port, registry), open_stream(run, options, metrics) as stream:
+        metrics.measure_ages(stream.behind_us, grids_us)
+        metrics.record_progress(stream.settled_us)
         while not stop.is_set():
             try:
                 done = stream.run_micro_batch()
+                record_batch(metrics, done)
                 metrics.record_lag(stream.lag_records())
             except (FeatureError, MalformedFileError, StorageError) as error:
                 metrics.count_fault()
@@ -76,26 +78,25 @@ def run_stream(
                 stop.wait(RETRY_DELAY_S)
                 stream.resume()
                 continue
-            record_batch(metrics, done, time.time_ns() / 1000 - stream.behind_us, grids_us)
             if on_batch:
                 on_batch(done)
 
 
-def record_batch(metrics: StreamMetrics, done: MicroBatchResult, now_us: float, grids_us: dict[str, int]) -> None:
+def record_batch(metrics: StreamMetrics, done: MicroBatchResult) -> None:
     """Exports what a micro-batch did."""
-    metrics.record_progress(now_us, done.watermark_us, grids_us)
+    metrics.record_progress(done.watermark_us)
     metrics.count_events(done.results)
     metrics.count_parked(done.parked)
     metrics.count_rows(done.rows)
 
 
 @contextmanager
-def open_stream(run: RunDirectory, options: StreamOptions) -> Iterator[LocalStream]:
+def open_stream(run: RunDirectory, options: StreamOptions, metrics: StreamMetrics) -> Iterator[LocalStream]:
     """Opens and starts the run's stream."""
     features = open_feature_store(run.features)
     sinks = FeatureSinks(features, FeatureChangelog(options.overlay or run.overlay))
     with ExitStack() as stack:
-        stack.enter_context(viewer_memory_kept_complete(features, options.events or run.events))
+        stack.enter_context(viewer_memory_kept_complete(features, options.events or run.events, metrics))
         logs = {
             topic: stack.enter_context(closing(open_topic(options.events or run.events, topic))) for topic in TOPICS
         }
