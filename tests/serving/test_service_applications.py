@@ -140,7 +140,8 @@ router = RouterDeployment(RouterArgs(
     vector_log=(folder / "vectors").as_uri(), parity_ratio=1.0,
 ))
 sample = router._dependencies.sample
-sample._thread.submit(sample._write, ServedVector(1, 7, 1.5, "tv", "abc", {{}}, [])).result()
+sample.record(ServedVector(1, 7, 1.5, "tv", "abc", {{}}, []))
+sample._thread.submit(int).result()  # the sample before it is written
 running = {{thread.name for thread in threading.enumerate()}}
 assert {{"takedowns", "vector-segments"}} <= running, running
 router.close()

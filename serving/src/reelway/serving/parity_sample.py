@@ -90,6 +90,10 @@ class ParitySampler:
             videos_as_of_s=videos_as_of_s if live_as_of_s is None else live_as_of_s,
             served_at_s=served_at_s,
         )
+        self.record(vector)
+
+    def record(self, vector: ServedVector) -> None:
+        """Queues a sample and returns at once. It is lost, and counted, if too many wait or the sampler is closed."""
         if self._closed or not self._places.acquire(blocking=False):
             self._vectors.on_lost(1)
             return
@@ -112,7 +116,7 @@ class ParitySampler:
     def _write(self, vector: ServedVector) -> None:
         try:
             self._vectors.append(vector)
-        except Exception as error:  # of whatever kind: nobody reads the result of the thread
+        except Exception as error:  # of any kind: the thread's result is not read
             log.warning("parity sample lost: %s", error, exc_info=not isinstance(error, StorageError))
             self._vectors.on_lost(1)
         finally:
