@@ -16,7 +16,7 @@ import re
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Final
 
 import uvicorn
@@ -195,14 +195,39 @@ class _UvicornWithoutSignals(uvicorn.Server):
 
         Each response is the last of its connection now, so that open connections become fewer by themselves.
         """
-        await asyncio.sleep(0)  # one pass of the loop accepts the connections in the backlog
-        for server in self.servers:
-            server.close()
+        await self._close_listeners(sockets or [])
         deadline = time.monotonic() + _LAST_REQUESTS_S
         await asyncio.sleep(_LAST_REQUESTS_POLL_S)
         while self.server_state.connections and time.monotonic() < deadline:
             await asyncio.sleep(_LAST_REQUESTS_POLL_S)
         await super().shutdown(sockets)  # closes idle connections at once
+
+    async def _close_listeners(self, listeners: list[socket.socket]) -> None:
+        """Closes the listeners, and serves the connections that the kernel has accepted for them before.
+
+        The kernel resets connections that wait in the queue of a listener that is closed. Their clients have sent a
+        request by then. So the queue is emptied right before, without a pass of the loop in between.
+        """
+        loop = asyncio.get_running_loop()
+        for listener in listeners:
+            loop.remove_reader(listener)
+        for _ in range(2):  # connections that the loop has accepted get their protocol, which fails after `close`
+            await asyncio.sleep(0)
+        accepted = list[socket.socket]()
+        for listener in listeners:
+            with suppress(BlockingIOError):
+                while True:
+                    accepted.append(listener.accept()[0])
+        for server in self.servers:
+            server.close()  # closes the listeners, too
+        for connection in accepted:
+            await loop.connect_accepted_socket(self._create_protocol, connection)
+
+    def _create_protocol(self) -> asyncio.Protocol:
+        protocol: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg, assignment]
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        return protocol
 
 
 def create_listener(host: str, port: int) -> socket.socket:
