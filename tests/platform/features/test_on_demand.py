@@ -20,7 +20,7 @@ MONDAY_MIDNIGHT_S = 4 * 86_400.0  # 1970-01-05
 NOW_S = 1_700_000_000.0
 MINUTE_S = 60.0
 
-# One viewer's history: minutes before the request (negative: after it) and weight. Repeated and limiting ages are likely.
+# One viewer's history: minutes before the request (negative: after it) and weight. Equal and limiting ages are likely.
 Ages = st.one_of(st.sampled_from([-1.0, 0.0, 5.0, 10.0, 11.0, 30.0, 40.0, 60.0, 61.0]), st.integers(-5, 90).map(float))
 Weights = st.sampled_from([-3.0, -0.5, 0.7, 1.0, 5.0])
 Histories = st.lists(st.lists(st.tuples(Ages, Weights), max_size=8), min_size=1, max_size=5)
@@ -79,7 +79,7 @@ def session_of(*history: tuple[float, float]) -> list[float]:
 def looped_session(history: list[tuple[float, float]]) -> list[float]:
     """The rules of ``session_features`` for one viewer, event by event."""
     past = [event for event in history if event[0] >= 0]
-    newest_first = sorted(reversed(past), key=lambda event: event[0])
+    newest_first = sorted(past[::-1], key=lambda event: event[0])  # stable: of equal times the later first
     session: list[float] = []
     newer_min = 0.0
     for age_min, weight in newest_first:
