@@ -78,16 +78,15 @@ def session_of(*history: tuple[float, float]) -> list[float]:
 
 def looped_session(history: list[tuple[float, float]]) -> list[float]:
     """The rules of ``session_features`` for one viewer, event by event."""
-    past = [event for event in history if event[0] >= 0]
-    newest_first = sorted(past[::-1], key=lambda event: event[0])  # stable: of equal times the later first
+    past = [(age_min, -slot, weight) for slot, (age_min, weight) in enumerate(history) if age_min >= 0]
     session: list[float] = []
     newer_min = 0.0
-    for age_min, weight in newest_first:
+    for age_min, _, weight in sorted(past):  # newest first; of equal ages the later slot first
         if age_min - newer_min > 30:
             break
         session.append(weight)
         newer_min = age_min
-    recent = [weight for age_min, weight in past if age_min <= 10]
+    recent = [weight for age_min, _, weight in past if age_min <= 10]
     half = len(session) // 2
     trend = (sum(session[:half]) - sum(session[len(session) - half :])) / half if half else 0.0
     return [len(session), sum(weight > 0 for weight in recent), sum(weight < 0 for weight in recent), trend]
