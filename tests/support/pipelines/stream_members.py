@@ -81,7 +81,7 @@ class Members:
             self._processes[name] = subprocess.Popen(
                 [
                     sys.executable, "-X", "faulthandler", "-m", "reelway.platform.cli", "stream",
-                    "--run", str(self._run.path), "--event-log", self._events, "--state", str(self._folder / name),
+                    "--run", str(self._run.path), "--events", self._events, "--state", str(self._folder / name),
                 ],
                 stdout=output, stderr=output,
             )  # fmt: skip
