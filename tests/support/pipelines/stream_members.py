@@ -165,6 +165,7 @@ def read_rows(
         {
             "bootstrap.servers": broker.servers, "group.id": uuid4().hex, "auto.offset.reset": "earliest",
             "isolation.level": "read_committed",
+            "topic.metadata.refresh.interval.ms": 1_000,  # a member that has just started creates the topics
         }
     )  # fmt: skip
     consumer.subscribe([prefix + "rows-viewer", prefix + "rows-video"])
