@@ -58,8 +58,8 @@ def submit(
         submit_again(client.submit_job, entrypoint=entrypoint, submission_id=submission_id)
     except RetryError as error:
         raise AgentMissingError(
-            f"none of {AGENT_ATTEMPTS} submissions found a job agent on a node of the Ray cluster; check the log of the "
-            "head's dashboard agent (/tmp/ray/session_latest/logs/dashboard_agent.log)"
+            f"none of {AGENT_ATTEMPTS} submissions found a job agent on a node of the Ray cluster; check the log of "
+            "the head's dashboard agent (/tmp/ray/session_latest/logs/dashboard_agent.log)"
         ) from error
     except RuntimeError as error:
         if _ALREADY_EXISTS not in str(error):

@@ -33,6 +33,7 @@ POLL_INTERVAL_S: Final = 0.2
 READ_LIMIT: Final = 250
 """Records of one read. Decoding holds the interpreter's lock, for about 1 ms per read."""
 STOP_TIMEOUT_S: Final = 5.0
+"""Longest wait for the follower's thread to end."""
 READY_TIMEOUT_S: Final = 60.0
 """How long a release waits until the takedowns are read to the log's end before opening it fails."""
 

@@ -260,7 +260,7 @@ class Ledger:
         return [arm for arm in self._arms if arm.rollout == rollout]
 
     def _arm_numbers(self, arms: Iterable[ArmKey], index_N: I64) -> tuple[I64, Bools]:
-        """Returns each row's arm number in the file, and whether the arm is counted. Adds new arms of active rollouts."""
+        """Returns each row's arm number in the file, and whether it is counted. Adds new arms of active rollouts."""
         numbers, live = [], []
         for arm in arms:
             rollout = self._rollouts.get(arm.rollout)
@@ -271,7 +271,7 @@ class Ledger:
         return np.array(numbers, np.int64)[index_N], np.array(live, bool)[index_N]
 
     def _known_arm(self, arm: ArmKey) -> ArmRow | None:
-        """Returns the row of an arm, which may be new. None if one transaction has more new arms than numbers exist."""
+        """Returns the row of an arm, which may be new; None if a transaction has more new arms than numbers exist."""
         known = self._arms.get(arm) or self._store.add_arm(arm, self._dropped_numbers)
         if known is None:
             self._dropped_arms += 1
@@ -283,7 +283,7 @@ class Ledger:
         return known
 
     def _least_used_arm(self, rollout: str) -> ArmKey:
-        """Returns the first arm of the rollout with the oldest last exposure, of this rollout only if no other has any."""
+        """Returns the first arm of the rollout with the oldest last exposure, of this one only if no other has arms."""
         return min(self._arms, key=lambda arm: (arm.rollout == rollout, self._rollouts[arm.rollout].exposed_at))
 
     def _count_received(self, columns: OutcomeRows, status_N: I64) -> None:
