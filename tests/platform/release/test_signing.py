@@ -54,6 +54,7 @@ def test_only_public_keys_of_a_folder_are_loaded(tmp_path: Path) -> None:
     for name in ("a", "b"):
         create_keys(tmp_path / name).public.rename(tmp_path / f"{name}.public.pem")
     (tmp_path / "a" / "release.private.pem").rename(tmp_path / "release.private.pem")
+    (tmp_path / "._a.public.pem").write_bytes(b"\0\5\26\7\0\2\0\0Mac OS X        ")
     assert len(load_public_keys(tmp_path)) == 2
 
 

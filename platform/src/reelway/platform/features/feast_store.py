@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 PROJECT: Final = "reelway"
 CONFIG_FILE: Final = "feature_store.yaml"
+OFFLINE_STORE: Final = "reelway.platform.features.offline_store.LiteralPathOfflineStore"
 ONLINE_STORE_VARIABLE: Final = "REELWAY_ONLINE_STORE"
 """``sqlite`` (default) or ``redis[s]://host:port[/db]``, read when a run's ``feature_store.yaml`` is written."""
 PASSWORD_VARIABLE: Final = "REDIS_PASSWORD"
@@ -64,7 +65,7 @@ def write_store_config(features_dir: Path, online_store: str | None = None) -> P
         "provider": "local",
         "registry": "registry.db",
         "entity_key_serialization_version": 3,
-        "offline_store": {"type": "duckdb"},
+        "offline_store": {"type": OFFLINE_STORE},
         "online_store": online_store_config(address),
     }
     path = features_dir / CONFIG_FILE

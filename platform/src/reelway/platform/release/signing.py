@@ -74,12 +74,16 @@ def load_private_key(path: Path) -> Ed25519PrivateKey:
 
 
 def load_public_keys(path: Path) -> tuple[Ed25519PublicKey, ...]:
-    """Loads trusted keys: one PEM file, or every ``*.public.pem`` of a folder.
+    """Loads trusted keys: one PEM file, or every ``*.public.pem`` of a folder. Hidden files are ignored.
+
+    macOS writes a file ``._NAME`` beside each file on a volume that has no extended attributes.
 
     Raises:
         SignatureError: if there is no key, or one is not an Ed25519 public key.
     """
-    paths = sorted(path.glob(PUBLIC_PATTERN)) if path.is_dir() else [path]
+    paths = [path]
+    if path.is_dir():
+        paths = sorted(key for key in path.glob(PUBLIC_PATTERN) if not key.name.startswith("."))
     if not paths:
         raise SignatureError(f"{path} has no {PUBLIC_PATTERN}; create a pair with `reelway release keys`")
     return tuple(_load_public_key(key) for key in paths)
