@@ -37,7 +37,7 @@ from reelway.pipelines.training.config import TrainingConfig
 from reelway.pipelines.training.fit import FittedModels, TrainingSplit, fit, fitted_from
 from reelway.pipelines.training.loop import EpochReport, OnEpoch, State
 from reelway.pipelines.training.negatives import FIELDS, RankerRows
-from reelway.pipelines.training.rows import TrainingRows, map_arrays, save_arrays
+from reelway.pipelines.training.rows import TrainingRows, digest_of_arrays, digest_of_rows, map_arrays, save_arrays
 from reelway.platform.errors import TrainingError
 from reelway.platform.run_directory import digest_of
 
@@ -70,6 +70,8 @@ def fit_on_ray(
 ) -> FittedModels:
     """Runs ``fit.fit`` on data-parallel workers. After a worker's death, training resumes from the last checkpoint.
 
+    An interrupted training resumes only with the same configuration and the same values in every row.
+
     Args:
         storage: folder that all nodes can read; it holds rows, checkpoints and progress during training.
 
@@ -77,8 +79,7 @@ def fit_on_ray(
         TrainingError: if training failed more than ``MAX_FAILURES`` times; the message contains the cause.
     """
     workers = resources.gpus or resources.workers
-    identity = [config.model_dump(), asdict(rows.dimensions), asdict(window), len(rows), len(ranker_rows), workers]
-    name = f"fit-{digest_of(identity)[:12]}"
+    name = checkpoints_name(rows, ranker_rows, window, config, workers)
     input_folder = storage / f"{name}.input"
     _write_input(input_folder, rows, ranker_rows)
     with (
@@ -108,6 +109,15 @@ def fit_on_ray(
     shutil.rmtree(input_folder)
     shutil.rmtree(storage / name)
     return fitted
+
+
+def checkpoints_name(
+    rows: TrainingRows, ranker_rows: RankerRows, window: TrainingSplit, config: TrainingConfig, workers: int
+) -> str:
+    """Returns the name under which Ray Train finds the checkpoints of an interrupted training of the same inputs."""
+    content = [digest_of_rows(rows), digest_of_arrays({name: getattr(ranker_rows, name) for name in FIELDS})]
+    identity = [config.model_dump(), asdict(rows.dimensions), asdict(window), content, workers]
+    return f"fit-{digest_of(identity)[:12]}"
 
 
 @contextmanager

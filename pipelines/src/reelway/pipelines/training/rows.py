@@ -10,7 +10,8 @@ that does not fit its type is an error.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -277,6 +278,20 @@ def save_arrays(rows: TrainingRows, folder: Path) -> None:
     write_dimensions(folder, rows.dimensions)
     for name, values in _flat(rows).items():
         np.save(folder / f"{name}.npy", values, allow_pickle=False)
+
+
+def digest_of_arrays(arrays: Mapping[str, NDArray[Any]]) -> str:
+    """Returns the hex BLAKE2b over names, types, shapes and values."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, values in sorted(arrays.items()):
+        digest.update(repr((name, values.dtype.str, values.shape)).encode())
+        digest.update(np.ascontiguousarray(values).data)
+    return digest.hexdigest()
+
+
+def digest_of_rows(rows: TrainingRows) -> str:
+    """Returns the digest of all arrays of the rows, so that it differs if any value differs."""
+    return digest_of_arrays(_flat(rows))
 
 
 def map_arrays(folder: Path) -> TrainingRows:

@@ -29,7 +29,7 @@ class LiteralPathOfflineStoreConfig(DuckDBOfflineStoreConfig):  # type: ignore[m
 
 
 def read_view_files(source: DataSource, _repo_path: str) -> ibis.Table:
-    """Reads the Parquet files of a file source. Only the last part of its path may be a pattern, which matches no hidden file.
+    """Reads the Parquet files of a file source, but no hidden ones. Only the last part of its path may be a pattern.
 
     Raises:
         FileNotFoundError: if no file matches.
