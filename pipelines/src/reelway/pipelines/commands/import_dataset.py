@@ -121,11 +121,14 @@ def import_kuairand(
 
 
 def import_events(
-    path: Path = typer.Argument(..., help="Parquet or CSV file (.parquet, .csv) with one row per shown impression."),
+    path: Path = typer.Argument(
+        ..., help="Parquet or CSV file, or a folder of parts (.parquet, .csv), with one row per shown impression."
+    ),
     videos: Path | None = typer.Option(
         None,
         "--videos",
-        help="Parquet or CSV file (.parquet, .csv) with one row per video. By default video properties are unknown.",
+        help="Parquet or CSV file, or a folder of parts (.parquet, .csv), with one row per video. "
+        "By default video properties are unknown.",
     ),
     run: Run = DEFAULT_RUN,
     max_bad_ratio: MaxBadRatio = 0.05,
@@ -138,19 +141,22 @@ def import_events(
     """Import your own events, one row per impression.
 
     \b
-    Required columns: viewer_id, video_id, event_time (RFC 3339, or Unix seconds; UTC where no zone is given).
+    Required columns: viewer_id, video_id, event_time (a time as 2025-01-31T12:00:00Z, a date, or Unix seconds;
+      a time without a zone is UTC).
     Optional columns: impression_id, request_id, position, release, arm, source, propensity, device,
       watch_ms, like, share, save, follow, comment, skip, not_interested, report (0 or 1).
     Optional in --videos, by video_id: creator_id, uploaded_at, duration_ms, topic, language, title,
       visual, audio, text (lists of one width per column, Parquet only; an absent column has width 0).
-    Ids that are not integers are numbered; RUN/dataset/id_map.parquet maps them to the original ids.
+    Ids are kept if all are integers in 0..2^53-1 without leading zeros. Otherwise they are numbered by their text, and
+      RUN/dataset/id_map.parquet maps the numbers to the original ids.
 
     Example: reelway import events shown.parquet --videos videos.csv --run runs/mine
     """
     from reelway.pipelines.datasets.content_dimensions import DimensionSettings
     from reelway.pipelines.datasets.event_files import import_events as read
+    from reelway.pipelines.datasets.source_table import part_files
 
-    files = [path, *([videos] if videos else [])]
+    files = [*part_files(path), *(part_files(videos) if videos else [])]
     settings = DimensionSettings(topics, history_length, category_buckets, id_buckets)
     _import("events", files, lambda: read(path, videos), run, max_bad_ratio, settings, force)
 

@@ -9,6 +9,7 @@ fails if a table has too many bad rows, because then the source itself is wrong.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ REJECTED: Final = pa.schema(
     ]
 )
 _MINUTE_US: Final = 60_000_000
+_YEAR_1_US: Final = -62_135_596_800_000_000
+_YEAR_10000_US: Final = 253_402_300_800_000_000
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,8 @@ def _stop_if_too_many(dataset: Dataset, name: str, counts: Mapping[str, int], ro
 
 
 def _rejected_rows(name: str, bad: pa.Table, reason: NDArray[np.str_]) -> pa.Table:
-    rows = [json.dumps(row, default=str) for row in bad.to_pylist()]
+    values = ({key: _json_value(value) for key, value in row.items()} for row in _times_as_text(bad).to_pylist())
+    rows = [json.dumps(row, default=str, allow_nan=False) for row in values]
     return pa.table(
         {
             "table": pa.array([name] * bad.num_rows, pa.string()),
@@ -133,6 +137,24 @@ def _rejected_rows(name: str, bad: pa.Table, reason: NDArray[np.str_]) -> pa.Tab
         },
         schema=REJECTED,
     )
+
+
+def _times_as_text(table: pa.Table) -> pa.Table:
+    """Returns the table with text for times. Outside of the years 1 to 9999 the text is microseconds since 1970."""
+    for i, field in enumerate(table.schema):
+        if pa.types.is_timestamp(field.type):
+            time, ticks = table.column(i), table.column(i).cast(pa.int64())
+            within = pc.and_(pc.greater_equal(ticks, _YEAR_1_US), pc.less(ticks, _YEAR_10000_US))
+            outside = pc.binary_join_element_wise(ticks.cast(pa.string()), "us", " ")
+            table = table.set_column(i, field.name, pc.if_else(within, time.cast(pa.string()), outside))
+    return table
+
+
+def _json_value(value: Any) -> Any:
+    """Returns a value for JSON, which has no infinite numbers and no NaN."""
+    if isinstance(value, list):
+        return [_json_value(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _viewers(table: pa.Table, _: Dataset, __: Mapping[str, pa.Table], limits: CheckLimits) -> Iterator[RowCheck]:

@@ -21,6 +21,12 @@ def time_column(time_us: I64) -> pa.Array:
     return pa.array(time_us.astype(np.int64, copy=False), pa.int64()).cast(TIMESTAMP_TYPE)
 
 
+def float32_column(values: NDArray[np.float64]) -> pa.Array:
+    """Returns values in single precision. A value beyond its range becomes infinite, which the data checks reject."""
+    with np.errstate(over="ignore"):
+        return pa.array(values.astype(np.float32))
+
+
 def dictionary_column(codes: NDArray[np.integer[Any]], vocabulary: Sequence[str]) -> pa.Array:
     """Returns codes into ``vocabulary`` as a dictionary column."""
     return pa.DictionaryArray.from_arrays(

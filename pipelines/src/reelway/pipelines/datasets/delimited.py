@@ -1,21 +1,26 @@
 """Parses delimited text into typed Arrow columns; an error names file, line, column and value.
 
 The fast path is one typed parse. If it fails, the file is parsed again as text to find the first bad value. Rows in
-messages are line numbers of the file, from 1. No line is skipped.
+messages are line numbers of the file, from 1. Only empty lines are skipped.
 """
 
 from __future__ import annotations
 
+import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 
 from reelway.platform.errors import MalformedFileError
+
+UTF8_OR_LATIN1: Final = "UTF-8 or Latin-1"
+_CANONICAL_INTEGER: Final = r"^(0|-?[1-9][0-9]*)$"
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,9 @@ class DelimitedFormat:
     delimiter: str = ","
     header: bool = True
     encoding: str = "utf8"
+    """Encoding of the text; ``UTF8_OR_LATIN1`` reads as Latin-1 a file that is not UTF-8."""
+    ids: frozenset[str] = field(default_factory=frozenset)
+    """Integer columns whose values have one spelling: ``007`` is rejected, because it would become the id 7."""
     optional: frozenset[str] = field(default_factory=frozenset)
     """Columns that may be missing from the header and null in any row."""
     quoted: bool = True
@@ -40,16 +48,44 @@ def read_delimited(path: Path, layout: DelimitedFormat) -> pa.Table:
             or not of its type.
     """
     content = _content(path, layout)
+    if layout.encoding == UTF8_OR_LATIN1:
+        layout = replace(layout, encoding="utf8" if _is_utf8(content) else "latin-1")
     names = _header(path, content, layout)
     selected = [name for name in layout.columns if name in names]
+    types = {name: pa.string() if name in layout.ids else layout.columns[name] for name in selected}
     try:
-        table = _parse(path, content, layout, names, {name: layout.columns[name] for name in selected}, threads=True)
+        table = _parse(path, content, layout, names, types, threads=True)
+        table = _convert_ids(path, content, layout, table)
     except pa.ArrowInvalid:
         table = _convert_column_by_column(path, content, layout, names, selected)
     for name in selected:
         if name not in layout.optional and table[name].null_count:
-            _raise_bad_value(path, layout, name, pc.index(pc.is_null(table[name]), True).as_py(), "")
+            _raise_bad_value(path, content, layout, name, pc.index(pc.is_null(table[name]), True).as_py(), "")
     return table
+
+
+def line_of_record(content: bytes, record: int, *, delimiter: str, quoted: bool) -> int:
+    """Returns the line number, from 1, at which a record begins. Records count from 0, the header included.
+
+    Empty lines are no records, and a quoted value may contain line breaks.
+    """
+    text = io.StringIO(content.decode("latin-1"), newline="")
+    reader = csv.reader(text, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE)
+    line, seen = 1, -1
+    try:
+        for fields in reader:
+            seen += bool(fields)
+            if seen == record:
+                return line
+            line = reader.line_num + 1
+    except csv.Error:  # a value of more than 128 KiB
+        pass
+    return record + 1
+
+
+def file_line(path: Path, layout: DelimitedFormat, row: int) -> int:
+    """Returns the line number, from 1, of a row of ``read_delimited``'s table."""
+    return _line(_content(path, layout), layout, row + int(layout.header))
 
 
 def first_uncastable(column: pa.Array | pa.ChunkedArray, kind: pa.DataType) -> int:
@@ -79,6 +115,32 @@ def _content(path: Path, layout: DelimitedFormat) -> pa.Buffer:
     return pa.py_buffer(raw)
 
 
+def _is_utf8(content: pa.Buffer) -> bool:
+    try:
+        content.to_pybytes().decode("utf8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _raise_unless_canonical(path: Path, content: pa.Buffer, layout: DelimitedFormat, table: pa.Table) -> None:
+    """Raises an error for the first value of ``layout.ids`` with a sign or zeros in front; columns are text."""
+    for name in table.column_names:
+        if name in layout.ids:
+            other = pc.invert(pc.match_substring_regex(table[name], _CANONICAL_INTEGER))
+            if (row := pc.index(other, True).as_py()) >= 0:
+                _raise_bad_value(path, content, layout, name, row, table[name][row].as_py())
+
+
+def _convert_ids(path: Path, content: pa.Buffer, layout: DelimitedFormat, table: pa.Table) -> pa.Table:
+    """Casts the text columns of ``layout.ids`` to their types."""
+    _raise_unless_canonical(path, content, layout, table)
+    for i, name in enumerate(table.column_names):
+        if name in layout.ids:
+            table = table.set_column(i, name, table[name].cast(layout.columns[name]))
+    return table
+
+
 def _separator(layout: DelimitedFormat) -> str:
     return layout.delimiter if len(layout.delimiter) == 1 else "\x1f"
 
@@ -91,6 +153,8 @@ def _header(path: Path, content: pa.Buffer, layout: DelimitedFormat) -> list[str
     for name in layout.columns:
         if name not in names and name not in layout.optional:
             raise MalformedFileError(path, "this column in the header", seen=names, row=1, column=name)
+        if names.count(name) > 1:
+            raise MalformedFileError(path, "this column once in the header", seen=names, row=1, column=name)
     return names
 
 
@@ -133,7 +197,7 @@ def _parse(
         first = wrong[0]
         raise MalformedFileError(
             path, f"{first.expected_columns} fields ({', '.join(names)})", seen=first.text,
-            row=first.number,
+            row=_line(content, layout, first.number - 1),
         )  # fmt: skip
     return table
 
@@ -147,6 +211,7 @@ def _convert_column_by_column(
     except pa.ArrowInvalid as error:
         raise MalformedFileError(path, f"{layout.encoding} text, delimited by {layout.delimiter!r}", seen=str(error)) \
             from error  # fmt: skip
+    _raise_unless_canonical(path, content, layout, text)
     columns = {}
     for name in selected:
         kind = layout.columns[name]
@@ -154,11 +219,18 @@ def _convert_column_by_column(
             columns[name] = text[name].cast(kind)
         except pa.ArrowInvalid:
             row = first_uncastable(text[name], kind)
-            _raise_bad_value(path, layout, name, row, text[name][row].as_py())
+            _raise_bad_value(path, content, layout, name, row, text[name][row].as_py())
     return pa.table(columns)
 
 
-def _raise_bad_value(path: Path, layout: DelimitedFormat, name: str, row: int, value: object) -> None:
+def _raise_bad_value(
+    path: Path, content: pa.Buffer, layout: DelimitedFormat, name: str, row: int, value: object
+) -> None:
+    expected = f"a value of type {layout.columns[name]}"
     raise MalformedFileError(
-        path, f"a value of type {layout.columns[name]}", seen=value, row=row + 1 + int(layout.header), column=name
+        path, expected, seen=value, row=_line(content, layout, row + int(layout.header)), column=name
     )
+
+
+def _line(content: pa.Buffer, layout: DelimitedFormat, record: int) -> int:
+    return line_of_record(content.to_pybytes(), record, delimiter=_separator(layout), quoted=layout.quoted)

@@ -16,8 +16,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from reelway.pipelines.datasets.columns import constant_column, dictionary_column, earliest_by_key, time_column
-from reelway.pipelines.datasets.delimited import DelimitedFormat, read_delimited
+from reelway.pipelines.datasets.checks import CheckLimits
+from reelway.pipelines.datasets.columns import (
+    constant_column,
+    dictionary_column,
+    earliest_by_key,
+    float32_column,
+    time_column,
+)
+from reelway.pipelines.datasets.delimited import DelimitedFormat, file_line, first_uncastable, read_delimited
 from reelway.platform.contracts.events import (
     CREATORS,
     IMPRESSIONS,
@@ -40,6 +47,14 @@ USERS: Final = {"user_id": _INT, "user_active_degree": _TEXT, "register_days": _
 BASIC: Final = {
     "video_id": _INT, "author_id": _INT, "upload_dt": _TEXT, "video_duration": _FLOAT, "tag": _TEXT,
 }  # fmt: skip
+_USERS_FORMAT: Final = DelimitedFormat(
+    USERS, ids=frozenset({"user_id"}), optional=frozenset({"user_active_degree", "register_days"})
+)
+_BASIC_FORMAT: Final = DelimitedFormat(
+    BASIC, ids=frozenset({"video_id"}), optional=frozenset({"upload_dt", "video_duration", "tag", "author_id"})
+)
+_LIMITS: Final = CheckLimits()
+_MAX_DAYS: Final = 36_500.0
 _FLAGS: Final = {
     "is_like": OutcomeType.LIKE,
     "is_forward": OutcomeType.SHARE,
@@ -67,15 +82,12 @@ def import_kuairand(folder: Path) -> tuple[dict[str, pa.Table], dict[str, Any]]:
         log, sort_keys=[("time_ms", "ascending"), ("user_id", "ascending"), ("video_id", "ascending")]
     )
     log = log.take(order)
-    users = read_delimited(
-        users_path, DelimitedFormat(USERS, optional=frozenset({"user_active_degree", "register_days"}))
-    )
-    basic = read_delimited(
-        basic_path, DelimitedFormat(BASIC, optional=frozenset({"upload_dt", "video_duration", "tag", "author_id"}))
-    )
-    videos = _videos(basic_path, basic, log)
+    users = read_delimited(users_path, _USERS_FORMAT)
+    basic = read_delimited(basic_path, _BASIC_FORMAT)
+    timely = _timely(log)
+    videos = _videos(basic_path, basic, timely)
     tables = {
-        "viewers": _viewers(users, log),
+        "viewers": _viewers(users, timely),
         "creators": _creators(videos),
         "videos": videos,
         "impressions": _impressions(log),
@@ -104,24 +116,40 @@ def _paths(folder: Path) -> tuple[list[Path], Path, Path]:
 
 
 def _read_log(path: Path) -> pa.Table:
-    table = read_delimited(path, DelimitedFormat(LOG))
+    layout = DelimitedFormat(LOG, ids=frozenset({"user_id", "video_id"}))
+    table = read_delimited(path, layout)
     for name in (*_FLAGS, "is_rand"):
         bad = np.flatnonzero(~np.isin(table[name].to_numpy(), (0, 1)))
         if len(bad):
             row = int(bad[0])
-            raise MalformedFileError(path, "0 or 1", seen=table[name][row].as_py(), row=row + 2, column=name)
+            line = file_line(path, layout, row)
+            raise MalformedFileError(path, "0 or 1", seen=table[name][row].as_py(), row=line, column=name)
     return table
+
+
+def _time_us(log: pa.Table) -> I64:
+    """Returns the times of the log's rows. A time that does not fit becomes the largest, which data checks reject."""
+    largest_ms = 2**62 // 1000
+    time_us: I64 = log["time_ms"].to_numpy().clip(-largest_ms, largest_ms) * 1000
+    return time_us
+
+
+def _timely(log: pa.Table) -> pa.Table:
+    """Returns the rows whose time the data checks accept. Other rows date no viewer and no video."""
+    time_us = _time_us(log)
+    timely = (time_us >= _LIMITS.first_time_us) & (time_us <= _LIMITS.last_time_us)
+    return log.filter(pa.array(timely)) if timely.any() else log
 
 
 def _viewers(users: pa.Table, log: pa.Table) -> pa.Table:
     """Returns the table ``viewers``; account age is ``register_days`` before the end of the log, if given."""
-    ids, first_us = earliest_by_key(log["user_id"].to_numpy(), log["time_ms"].to_numpy() * 1000)
+    ids, first_us = earliest_by_key(log["user_id"].to_numpy(), _time_us(log))
     users = users.filter(pc.is_in(users["user_id"], pa.array(ids)))
     viewer = users["user_id"].to_numpy()
     first_us = first_us[np.searchsorted(ids, viewer)]
-    end_us = int(log["time_ms"][-1].as_py()) * 1000 if log.num_rows else 0
+    end_us = int(_time_us(log)[-1]) if log.num_rows else 0
     days = _column(users, "register_days", _INT).cast(_FLOAT).to_numpy(zero_copy_only=False)
-    since_us = end_us - np.nan_to_num(days, nan=0.0).astype(np.int64) * _DAY_US
+    since_us = end_us - np.clip(np.nan_to_num(days), 0.0, _MAX_DAYS).astype(np.int64) * _DAY_US
     columns = {
         "viewer_id": viewer,
         "created_at": time_column(np.minimum(first_us, since_us)),
@@ -134,7 +162,7 @@ def _viewers(users: pa.Table, log: pa.Table) -> pa.Table:
 
 def _videos(path: Path, basic: pa.Table, log: pa.Table) -> pa.Table:
     """Returns the videos of the log, uploaded at the start of their date, but not after their first impression."""
-    ids, first_us = earliest_by_key(log["video_id"].to_numpy(), log["time_ms"].to_numpy() * 1000)
+    ids, first_us = earliest_by_key(log["video_id"].to_numpy(), _time_us(log))
     line = np.flatnonzero(pc.is_in(basic["video_id"], pa.array(ids)).to_numpy(zero_copy_only=False))
     basic = basic.take(pa.array(line))
     video = basic["video_id"].to_numpy()
@@ -145,7 +173,7 @@ def _videos(path: Path, basic: pa.Table, log: pa.Table) -> pa.Table:
     logged_ms = logged["duration_ms_max"].to_numpy()[np.searchsorted(logged["video_id"].to_numpy(), video)]
     duration = np.where(duration > 0, duration, np.where(logged_ms > 0, logged_ms, _DEFAULT_DURATION_MS))
     tag = pc.struct_field(pc.extract_regex(_column(basic, "tag", _TEXT), r"^\s*(?P<first>\d+)"), "first")
-    topic = _topics(path, pc.fill_null(tag.cast(_INT), -1).to_numpy(zero_copy_only=False), line)
+    topic = _topics(path, tag, line)
     rows = len(video)
     columns = {
         "video_id": video,
@@ -160,14 +188,16 @@ def _videos(path: Path, basic: pa.Table, log: pa.Table) -> pa.Table:
     return pa.table(columns, schema=VIDEOS)
 
 
-def _topics(path: Path, tag: I64, line: I64) -> NDArray[np.int32]:
-    limit = np.iinfo(np.int32).max
-    if len(above := np.flatnonzero(tag > limit)):
-        row = int(above[0])
+def _topics(path: Path, tag: pa.Array, line: I64) -> NDArray[np.int32]:
+    try:
+        topic: NDArray[np.int32] = pc.fill_null(tag.cast(pa.int32()), -1).to_numpy(zero_copy_only=False)
+    except pa.ArrowInvalid:
+        row = first_uncastable(tag, pa.int32())
+        expected = f"a tag of at most {np.iinfo(np.int32).max}"
         raise MalformedFileError(
-            path, f"a tag of at most {limit}", seen=int(tag[row]), row=int(line[row]) + 2, column="tag"
-        )
-    return tag.astype(np.int32)
+            path, expected, seen=tag[row].as_py(), row=file_line(path, _BASIC_FORMAT, int(line[row])), column="tag"
+        ) from None
+    return topic
 
 
 def _dates_us(path: Path, text: pa.Array, line: I64, missing_us: I64) -> I64:
@@ -175,9 +205,8 @@ def _dates_us(path: Path, text: pa.Array, line: I64, missing_us: I64) -> I64:
     wrong = np.flatnonzero((parsed.is_null().to_numpy(zero_copy_only=False)) & text.is_valid().to_numpy(False))
     if len(wrong):
         row = int(wrong[0])
-        raise MalformedFileError(
-            path, "a date like 2020-07-08", seen=text[row].as_py(), row=int(line[row]) + 2, column="upload_dt"
-        )
+        at = file_line(path, _BASIC_FORMAT, int(line[row]))
+        raise MalformedFileError(path, "a date like 2020-07-08", seen=text[row].as_py(), row=at, column="upload_dt")
     day_us = pc.fill_null(parsed.cast(_INT), 0).to_numpy(zero_copy_only=False) - _CHINA_US
     result_us: I64 = np.where(parsed.is_valid().to_numpy(zero_copy_only=False), day_us, missing_us)
     return result_us
@@ -199,7 +228,7 @@ def _impressions(log: pa.Table) -> pa.Table:
         "viewer_id": log["user_id"],
         "video_id": log["video_id"],
         "position": np.zeros(rows, dtype=np.int16),
-        "event_time": time_column(log["time_ms"].to_numpy() * 1000),
+        "event_time": time_column(_time_us(log)),
         "release": constant_column("import", rows),
         "arm": constant_column(Arm.STABLE.value, rows),
         "source": dictionary_column(log["is_rand"].to_numpy(), _SOURCES),
@@ -217,7 +246,7 @@ def _outcomes(log: pa.Table) -> pa.Table:
     hits.append(np.flatnonzero((play_ms < SKIP_BELOW_MS) & (play_ms < 0.25 * duration_ms)))
     kind = np.repeat(np.arange(len(hits), dtype=np.int32), [len(hit) for hit in hits])
     row = np.concatenate(hits)
-    end_us = log["time_ms"].to_numpy() * 1000 + 1000 + (np.maximum(play_ms, 0) * 1000).astype(np.int64)
+    end_us = _time_us(log) + 1000 + (np.clip(play_ms, 0.0, _LIMITS.max_watch_ms) * 1000).astype(np.int64)
     at_us = end_us[row] + 1000 * (kind > 0)
     order = np.lexsort((kind, row, at_us))
     row, kind, at_us = row[order], kind[order], at_us[order]
@@ -227,7 +256,7 @@ def _outcomes(log: pa.Table) -> pa.Table:
         "viewer_id": log["user_id"].to_numpy()[row],
         "video_id": log["video_id"].to_numpy()[row],
         "type": dictionary_column(kind, [k.value for k in kinds]),
-        "value": np.where(kind == 0, play_ms[row], 1.0).astype(np.float32),
+        "value": float32_column(np.where(kind == 0, play_ms[row], 1.0)),
         "event_time": time_column(at_us),
     }
     return pa.table(columns, schema=OUTCOMES)

@@ -5,7 +5,8 @@ The files in the folder determine the layout. ``datasets.ratings`` defines how a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -16,7 +17,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from reelway.pipelines.datasets.columns import list_column
-from reelway.pipelines.datasets.delimited import DelimitedFormat, read_delimited
+from reelway.pipelines.datasets.delimited import UTF8_OR_LATIN1, DelimitedFormat, file_line, read_delimited
 from reelway.pipelines.datasets.film_content import split_title, text_embeddings, topics
 from reelway.pipelines.datasets.ratings import Movies, Ratings, Users, ratings_to_tables
 from reelway.platform.contracts.ids import MAX_ID
@@ -31,6 +32,7 @@ _GENRE_FLAGS: Final = (
 )  # fmt: skip
 _AGES: Final = ((18, "under 18"), (25, "18-24"), (35, "25-34"), (45, "35-44"), (50, "45-49"), (56, "50-55"))
 _OLDEST: Final = "56+"
+_YEAR: Final = re.compile(r"[0-9]{1,4}")
 _FIRST_TIME_S, _LAST_TIME_S = 0, 4_102_444_800  # 1970 to 2100
 
 
@@ -76,14 +78,24 @@ def detect_layout(folder: Path) -> MovieLensLayout:
         MalformedFileError: if the folder has no known layout.
     """
     for source in LAYOUTS:
-        if any(folder.glob(source.ratings)):
+        if _visible(folder, source.ratings):
             return source
     actual = sorted(p.name for p in folder.iterdir())[:20] if folder.is_dir() else "no such folder"
     raise MalformedFileError(folder, f"a folder with one of {[s.ratings for s in LAYOUTS]}", seen=actual)
 
 
-def _ratings(path: Path, table: pa.Table, names: Sequence[str], *, first_line: int) -> Ratings:
-    """Returns range-checked ratings from the columns viewer, video, rating, seconds."""
+def _visible(folder: Path, pattern: str) -> list[Path]:
+    """Returns the matching files in order of name, without hidden files such as ``._ml.inter`` of macOS."""
+    return sorted(file for file in folder.glob(pattern) if not file.name.startswith("."))
+
+
+def _read_ratings(path: Path, names: Sequence[str], *, delimiter: str, header: bool) -> Ratings:
+    """Reads range-checked ratings from the columns viewer, video, rating, seconds."""
+    types = dict(zip(names, (_INT, _INT, _FLOAT, _FLOAT), strict=True))
+    layout = DelimitedFormat(
+        types, delimiter=delimiter, header=header, ids=frozenset(names[:2]), quoted=header and delimiter == ","
+    )
+    table = read_delimited(path, layout)
     viewer, video, rating, time_s = (table[name].to_numpy() for name in names)
     for name, values, low, high in (
         (names[0], viewer, 0, MAX_ID),
@@ -97,19 +109,19 @@ def _ratings(path: Path, table: pa.Table, names: Sequence[str], *, first_line: i
                 path,
                 f"a number in {low}..{high}",
                 seen=values[bad[0]].item(),
-                row=int(bad[0]) + first_line,
+                row=file_line(path, layout, int(bad[0])),
                 column=name,
             )
     return Ratings(viewer, video, rating.astype(np.float64), np.rint(time_s * 1e6).astype(np.int64))
 
 
-def _distinct(path: Path, column: pa.ChunkedArray, name: str, *, first_line: int) -> I64:
-    ids: I64 = column.to_numpy()
+def _distinct(path: Path, layout: DelimitedFormat, table: pa.Table, name: str) -> I64:
+    ids: I64 = table[name].to_numpy()
     _, first = np.unique(ids, return_index=True)
     if len(first) != len(ids):
         row = int(np.setdiff1d(np.arange(len(ids)), first)[0])
         raise MalformedFileError(
-            path, "an id that occurs once", seen=ids[row].item(), row=row + first_line, column=name
+            path, "an id that occurs once", seen=ids[row].item(), row=file_line(path, layout, row), column=name
         )
     return ids
 
@@ -149,21 +161,17 @@ def _one(column: pa.ChunkedArray) -> pa.Array:
 
 
 def _read_100k(folder: Path) -> tuple[Ratings, Users | None, Movies]:
-    path = folder / "u.data"
     columns = ("user id", "item id", "rating", "timestamp")
-    types = dict(zip(columns, (_INT, _INT, _FLOAT, _FLOAT), strict=True))
-    data = read_delimited(path, DelimitedFormat(types, delimiter="\t", header=False, quoted=False))
-    ratings = _ratings(path, data, columns, first_line=1)
-
+    ratings = _read_ratings(folder / "u.data", columns, delimiter="\t", header=False)
     head = {"movie id": _INT, "movie title": _TEXT, "release date": _TEXT, "video release date": _TEXT, "url": _TEXT}
     item_layout = DelimitedFormat(
-        {**head, **{g: pa.int8() for g in _GENRE_FLAGS}}, delimiter="|", header=False, encoding="latin-1",
-        optional=frozenset(list(head)[1:]), quoted=False,
+        {**head, **{g: pa.int8() for g in _GENRE_FLAGS}}, delimiter="|", header=False, encoding=UTF8_OR_LATIN1,
+        ids=frozenset({"movie id"}), optional=frozenset(list(head)[1:]), quoted=False,
     )  # fmt: skip
     items = read_delimited(folder / "u.item", item_layout)
     flags = np.column_stack([items[g].to_numpy() for g in _GENRE_FLAGS])
     genres = [[_GENRE_FLAGS[i] for i in np.flatnonzero(row)] for row in flags]
-    ids = _distinct(folder / "u.item", items["movie id"], "movie id", first_line=1)
+    ids = _distinct(folder / "u.item", item_layout, items, "movie id")
     return ratings, _read_100k_people(folder / "u.user"), _movies(ids, items["movie title"].to_pylist(), genres)
 
 
@@ -171,72 +179,67 @@ def _read_100k_people(path: Path) -> Users | None:
     if not path.exists():
         return None
     types = {"user id": _INT, "age": _INT, "gender": _TEXT, "occupation": _TEXT, "zip code": _TEXT}
-    users = read_delimited(path, DelimitedFormat(types, delimiter="|", header=False, quoted=False))
-    ids = _distinct(path, users["user id"], "user id", first_line=1)
+    layout = DelimitedFormat(types, delimiter="|", header=False, ids=frozenset({"user id"}), quoted=False)
+    users = read_delimited(path, layout)
+    ids = _distinct(path, layout, users, "user id")
     return _users(ids, users["age"], users["gender"], users["zip code"])
 
 
 def _read_dat(folder: Path) -> tuple[Ratings, Users | None, Movies]:
-    path = folder / "ratings.dat"
     columns = ("UserID", "MovieID", "Rating", "Timestamp")
-    types = dict(zip(columns, (_INT, _INT, _FLOAT, _FLOAT), strict=True))
-    table = read_delimited(path, DelimitedFormat(types, delimiter="::", header=False, quoted=False))
-    ratings = _ratings(path, table, columns, first_line=1)
-    movies = read_delimited(
-        folder / "movies.dat",
-        DelimitedFormat(
-            {"MovieID": _INT, "Title": _TEXT, "Genres": _TEXT}, delimiter="::", header=False, encoding="latin-1",
-            quoted=False,
-        ),
+    ratings = _read_ratings(folder / "ratings.dat", columns, delimiter="::", header=False)
+    movies_path = folder / "movies.dat"
+    layout = DelimitedFormat(
+        {"MovieID": _INT, "Title": _TEXT, "Genres": _TEXT}, delimiter="::", header=False, ids=frozenset({"MovieID"}),
+        encoding=UTF8_OR_LATIN1, quoted=False,
     )  # fmt: skip
+    movies = read_delimited(movies_path, layout)
+    ids = _distinct(movies_path, layout, movies, "MovieID")
     people = None
     if (users_path := folder / "users.dat").exists():
         types = {"UserID": _INT, "Gender": _TEXT, "Age": _INT, "Occupation": _INT, "Zip-code": _TEXT}
-        users = read_delimited(users_path, DelimitedFormat(types, delimiter="::", header=False, quoted=False))
-        ids = _distinct(users_path, users["UserID"], "UserID", first_line=1)
-        people = _users(ids, users["Age"], users["Gender"], users["Zip-code"])
-    ids = _distinct(folder / "movies.dat", movies["MovieID"], "MovieID", first_line=1)
+        users_layout = DelimitedFormat(
+            types, delimiter="::", header=False, encoding=UTF8_OR_LATIN1, ids=frozenset({"UserID"}), quoted=False
+        )
+        users = read_delimited(users_path, users_layout)
+        user_ids = _distinct(users_path, users_layout, users, "UserID")
+        people = _users(user_ids, users["Age"], users["Gender"], users["Zip-code"])
     return ratings, people, _movies(ids, movies["Title"].to_pylist(), _split_genres(movies["Genres"], "|"))
 
 
 def _read_csv(folder: Path) -> tuple[Ratings, Users | None, Movies]:
-    path = folder / "ratings.csv"
     columns = ("userId", "movieId", "rating", "timestamp")
-    table = read_delimited(path, DelimitedFormat(dict(zip(columns, (_INT, _INT, _FLOAT, _FLOAT), strict=True))))
-    ratings = _ratings(path, table, columns, first_line=2)
+    ratings = _read_ratings(folder / "ratings.csv", columns, delimiter=",", header=True)
     movies_path = folder / "movies.csv"
-    movies = read_delimited(movies_path, DelimitedFormat({"movieId": _INT, "title": _TEXT, "genres": _TEXT}))
-    ids = _distinct(movies_path, movies["movieId"], "movieId", first_line=2)
+    layout = DelimitedFormat({"movieId": _INT, "title": _TEXT, "genres": _TEXT}, ids=frozenset({"movieId"}))
+    movies = read_delimited(movies_path, layout)
+    ids = _distinct(movies_path, layout, movies, "movieId")
     return ratings, None, _movies(ids, movies["title"].to_pylist(), _split_genres(movies["genres"], "|"))
 
 
 def _recbole_file(folder: Path, suffix: str) -> Path:
-    files = sorted(folder.glob(f"*{suffix}"))
+    files = _visible(folder, f"*{suffix}")
     if len(files) != 1:
-        raise MalformedFileError(folder, f"one *{suffix} file", seen=[p.name for p in files])
+        expected = f"one *{suffix} file; put the lines of all parts in one file, below one header"
+        raise MalformedFileError(folder, expected, seen=[p.name for p in files])
     return files[0]
 
 
 def _read_recbole(folder: Path) -> tuple[Ratings, Users | None, Movies]:
     path = _recbole_file(folder, ".inter")
     columns = ("user_id:token", "item_id:token", "rating:float", "timestamp:float")
-    types: Mapping[str, pa.DataType] = dict(zip(columns, (_INT, _INT, _FLOAT, _FLOAT), strict=True))
-    ratings = _ratings(
-        path, read_delimited(path, DelimitedFormat(types, delimiter="\t", quoted=False)), columns, first_line=2
-    )
+    ratings = _read_ratings(path, columns, delimiter="\t", header=True)
 
     items_path = path.with_suffix(".item")
     optional = frozenset({"movie_title:token_seq", "release_year:token", "class:token_seq", "genre:token_seq"})
-    items = read_delimited(
-        items_path,
-        DelimitedFormat(
-            {"item_id:token": _INT} | dict.fromkeys(sorted(optional), _TEXT), delimiter="\t", optional=optional,
-            quoted=False,
-        ),
+    layout = DelimitedFormat(
+        {"item_id:token": _INT} | dict.fromkeys(sorted(optional), _TEXT), delimiter="\t", optional=optional,
+        ids=frozenset({"item_id:token"}), quoted=False,
     )  # fmt: skip
-    ids = _distinct(items_path, items["item_id:token"], "item_id:token", first_line=2)
+    items = read_delimited(items_path, layout)
+    ids = _distinct(items_path, layout, items, "item_id:token")
     genres = "class:token_seq" if "class:token_seq" in items.column_names else "genre:token_seq"
-    years = [int(y) if y and y.isdigit() else None for y in _texts(items, "release_year:token")]
+    years = [int(y) if y and _YEAR.fullmatch(y) else None for y in _texts(items, "release_year:token")]
     movie_data = _movies(
         ids, _texts(items, "movie_title:token_seq"), [(g or "").split() for g in _texts(items, genres)], years
     )
@@ -244,8 +247,9 @@ def _read_recbole(folder: Path) -> tuple[Ratings, Users | None, Movies]:
     people, users_path = None, path.with_suffix(".user")
     if users_path.exists():
         types = {"user_id:token": _INT, "age:token": _INT, "gender:token": _TEXT, "zip_code:token": _TEXT}
-        users = read_delimited(users_path, DelimitedFormat(types, delimiter="\t", quoted=False))
-        user_ids = _distinct(users_path, users["user_id:token"], "user_id:token", first_line=2)
+        users_layout = DelimitedFormat(types, delimiter="\t", ids=frozenset({"user_id:token"}), quoted=False)
+        users = read_delimited(users_path, users_layout)
+        user_ids = _distinct(users_path, users_layout, users, "user_id:token")
         people = _users(user_ids, users["age:token"], users["gender:token"], users["zip_code:token"])
     return ratings, people, movie_data
 
