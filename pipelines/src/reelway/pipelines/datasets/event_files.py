@@ -171,7 +171,7 @@ def _numbers(source: SourceTable, name: str, kind: pa.DataType, default: float) 
     if not any(accepts(array.type) for accepts in is_number):
         source.raise_if_any(name, array.is_valid(), array, "a number")
         array = pa.nulls(len(array), kind)
-    cast = source.cast(name, array, kind, f"a value of type {kind}")
+    cast = source.numbers(name, array, kind, f"a value of type {kind}")
     filled: NDArray[Any] = pc.fill_null(cast, pa.scalar(default, kind)).to_numpy(zero_copy_only=False)
     return filled
 

@@ -124,6 +124,12 @@ class SourceTable:
         except _FAILURES as error:
             raise MalformedFileError(self.path, expected, seen=f"type {array.type}", column=name) from error
 
+    def numbers(self, name: str, array: pa.Array, kind: pa.DataType, expected: str) -> pa.Array:
+        """Casts as ``cast`` does, but a large integer may be rounded to a floating-point number."""
+        if pa.types.is_integer(array.type) and pa.types.is_floating(kind):
+            return array.cast(kind, safe=False)
+        return self.cast(name, array, kind, expected)
+
     def raise_if_any(self, name: str, bad: pa.Array, array: pa.Array, expected: str) -> None:
         """Raises an error for the first row of the mask ``bad``, if there is one."""
         row = pc.index(bad, True).as_py()
@@ -143,11 +149,11 @@ class SourceTable:
 
 
 def plain_value(array: pa.Array | pa.ChunkedArray, row: int) -> object:
-    """Returns a value for a message; a time that Python cannot represent as its number."""
+    """Returns a value for a message. A time that Python cannot represent becomes its number of days or time units."""
     try:
         return array[row].as_py()
-    except (OverflowError, ValueError, UnicodeDecodeError):
-        return str(array[row])
+    except (OverflowError, ValueError):
+        return f"{array.type} {array[row].value}"
 
 
 def _raise_unless_same_columns(first: _Part, part: _Part, columns: Mapping[str, pa.DataType | None]) -> None:

@@ -60,7 +60,7 @@ def _scaled(ticks: pa.Array, per_second: int) -> I64:
 
 
 def _from_seconds(source: SourceTable, name: str, array: pa.Array) -> I64:
-    numbers = source.cast(name, array, pa.float64(), EXPECTED)
+    numbers = source.numbers(name, array, pa.float64(), EXPECTED)
     source.raise_if_any(name, pc.fill_null(pc.is_nan(numbers), False), array, EXPECTED)
     seconds = pc.fill_null(numbers, 0.0).to_numpy(zero_copy_only=False)
     large = np.abs(seconds) >= _MAX_SECONDS
