@@ -4,7 +4,7 @@ import pyarrow as pa
 import pytest
 from tests.support.pipelines import published_formats as formats
 
-from reelway.pipelines.datasets.checks import check_dataset
+from reelway.pipelines.datasets.checks import CheckLimits, check_dataset
 from reelway.pipelines.datasets.content_dimensions import infer_dimensions
 from reelway.pipelines.datasets.kuairand import files_of, import_kuairand
 from reelway.pipelines.datasets.store import Dataset, cast_to_schema
@@ -67,6 +67,10 @@ def test_imported_data_passes_the_checks(tables: dict[str, pa.Table]) -> None:
         (STANDARD, "is_hate", "hates", r"log_standard.*row 1, column 'is_hate'"),
         (STANDARD, "1,1,0,0,1,0,1,20000", "1,5,0,0,1,0,1,20000", r"row 2, column 'is_like': saw 5"),
         (RANDOM, "9000,30000", "long,30000", r"log_random.*row 2, column 'play_time_ms': saw 'long'"),
+        (STANDARD, "\n1,101", "\n\n01,101", r"row 4, column 'user_id': saw '01'"),
+        (STANDARD, "\n1,101,20220408,500,1649393600000,0,0", "\n\n1,101,20220408,500,1649393600000,0,7",
+         r"row 4, column 'is_like': saw 7"),
+        (BASIC, '"12,65"', '"99999999999999999999,65"', r"row 2, column 'tag': saw '99999999999999999999'"),
         (BASIC, "2022-04-01,ShortImport", "1 April,ShortImport", r"row 2, column 'upload_dt': saw '1 April'"),
     ],
 )  # fmt: skip
@@ -84,3 +88,34 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
     (formats.kuairand(tmp_path) / "user_features_pure.csv").unlink()
     with pytest.raises(MalformedFileError, match=r"user_features\*\.csv"):
         files_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "rejected"),
+    [
+        (STANDARD, "1649393600000", "9223372036854775807", {"impressions": {"time_out_of_range": 1}}),
+        (STANDARD, "1649393600000", "-62170156800000", {"impressions": {"time_out_of_range": 1}}),
+        (STANDARD, "900,30000", "inf,30000", {"outcomes": {"value_out_of_range": 1}}),
+        (STANDARD, "900,30000", "1e300,30000", {"outcomes": {"value_out_of_range": 1}}),
+        (STANDARD, "900,30000", "nan,30000", {"outcomes": {"value_out_of_range": 1}}),
+        (STANDARD, "900,30000", "900,inf", {}),
+        ("user_features_pure.csv", "0,30,1", "0,9223372036854775807,1", {"viewers": {"time_out_of_range": 1}}),
+        ("user_features_pure.csv", "0,30,1", "0,-1,1", {}),
+        (BASIC, "18000.0", "inf", {"videos": {"duration_out_of_range": 1}}),
+        (BASIC, "18000.0", "nan", {}),
+        (BASIC, ",441,", ",9223372036854775807,", {"creators": {"id_out_of_range": 1}}),
+    ],
+)
+def test_impossible_value_sets_only_its_row_aside(
+    tmp_path: Path, file: str, old: str, new: str, rejected: dict[str, dict[str, int]]
+) -> None:
+    path = formats.kuairand(tmp_path) / file
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new, 1))
+    tables, _ = import_kuairand(tmp_path)
+    ready = {name: cast_to_schema(Path(name), tables[name], name) for name in DATASET_TABLES}
+    data = Dataset(**ready, info={}, dimensions=infer_dimensions(ready))
+    counts = check_dataset(data, CheckLimits(max_bad_ratio=1.0)).counts
+    for name, reasons in rejected.items():
+        assert reasons.items() <= counts[name].items()
+    assert rejected or not any(counts.values())

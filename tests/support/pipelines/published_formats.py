@@ -43,6 +43,15 @@ def ml_1m(folder: Path) -> Path:
     return folder
 
 
+def ml_10m(folder: Path) -> Path:
+    """The files of 1M in UTF-8 and without users, as 10M is published."""
+    ml_1m(folder)
+    (folder / "users.dat").unlink()
+    path = folder / "movies.dat"
+    path.write_bytes(path.read_bytes().decode("latin-1").encode())
+    return folder
+
+
 def ml_25m(folder: Path) -> Path:
     _write(folder / "ratings.csv", "userId,movieId,rating,timestamp\n"
            + "".join(f"{u},{i},{r}.0,{t}\n" for u, i, r, t in RATINGS))  # fmt: skip

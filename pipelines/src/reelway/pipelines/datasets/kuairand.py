@@ -54,7 +54,7 @@ _BASIC_FORMAT: Final = DelimitedFormat(
     BASIC, ids=frozenset({"video_id"}), optional=frozenset({"upload_dt", "video_duration", "tag", "author_id"})
 )
 _LIMITS: Final = CheckLimits()
-_MAX_DAYS: Final = 36_500.0
+_MAX_DAYS: Final = 36_500
 _FLAGS: Final = {
     "is_like": OutcomeType.LIKE,
     "is_forward": OutcomeType.SHARE,
@@ -148,8 +148,8 @@ def _viewers(users: pa.Table, log: pa.Table) -> pa.Table:
     viewer = users["user_id"].to_numpy()
     first_us = first_us[np.searchsorted(ids, viewer)]
     end_us = int(_time_us(log)[-1]) if log.num_rows else 0
-    days = _column(users, "register_days", _INT).cast(_FLOAT).to_numpy(zero_copy_only=False)
-    since_us = end_us - np.clip(np.nan_to_num(days), 0.0, _MAX_DAYS).astype(np.int64) * _DAY_US
+    days = pc.fill_null(_column(users, "register_days", _INT), 0).to_numpy(zero_copy_only=False)
+    since_us = end_us - np.clip(days, 0, _MAX_DAYS) * _DAY_US
     columns = {
         "viewer_id": viewer,
         "created_at": time_column(np.minimum(first_us, since_us)),
@@ -169,6 +169,8 @@ def _videos(path: Path, basic: pa.Table, log: pa.Table) -> pa.Table:
     first_us = first_us[np.searchsorted(ids, video)]
     uploaded_us = np.minimum(_dates_us(path, _column(basic, "upload_dt", _TEXT), line, first_us), first_us)
     duration = _column(basic, "video_duration", _FLOAT).to_numpy(zero_copy_only=False)
+    possible = pc.less_equal(log["duration_ms"], float(_LIMITS.max_duration_ms))
+    log = log.select(["video_id"]).append_column("duration_ms", pc.if_else(possible, log["duration_ms"], 0.0))
     logged = log.group_by("video_id").aggregate([("duration_ms", "max")]).sort_by("video_id")
     logged_ms = logged["duration_ms_max"].to_numpy()[np.searchsorted(logged["video_id"].to_numpy(), video)]
     duration = np.where(duration > 0, duration, np.where(logged_ms > 0, logged_ms, _DEFAULT_DURATION_MS))
@@ -246,7 +248,7 @@ def _outcomes(log: pa.Table) -> pa.Table:
     hits.append(np.flatnonzero((play_ms < SKIP_BELOW_MS) & (play_ms < 0.25 * duration_ms)))
     kind = np.repeat(np.arange(len(hits), dtype=np.int32), [len(hit) for hit in hits])
     row = np.concatenate(hits)
-    end_us = _time_us(log) + 1000 + (np.clip(play_ms, 0.0, _LIMITS.max_watch_ms) * 1000).astype(np.int64)
+    end_us = _time_us(log) + 1000 + (np.clip(np.nan_to_num(play_ms), 0.0, _LIMITS.max_watch_ms) * 1000).astype(np.int64)
     at_us = end_us[row] + 1000 * (kind > 0)
     order = np.lexsort((kind, row, at_us))
     row, kind, at_us = row[order], kind[order], at_us[order]

@@ -22,7 +22,7 @@ from reelway.pipelines.datasets.delimited import first_uncastable, line_of_recor
 from reelway.platform.errors import EmptyDatasetError, MalformedFileError
 
 SUFFIXES: Final = (".parquet", ".csv")
-_FAILURES: Final = (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError)
+_FAILURES: Final = (OSError, pa.ArrowException)
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def _read(path: Path, columns: Mapping[str, pa.DataType | None]) -> pa.Table:
             return _read_parquet(path, columns)
         if path.suffix == ".csv":
             return _read_csv(path, columns)
-    except (OSError, *_FAILURES) as error:
+    except _FAILURES as error:
         raise MalformedFileError(path, f"a readable {path.suffix} file", seen=str(error)) from error
     raise MalformedFileError(path, "a file ending in .parquet or .csv", seen=path.suffix)
 
