@@ -124,3 +124,8 @@ JSON = st.recursive(
 def test_digest_of_a_value_does_not_depend_on_key_order(value: dict[str, Any]) -> None:
     assert digest_of(json.loads(json.dumps(value))) == digest_of(value)
     assert digest_of(dict(reversed(value.items()))) == digest_of(value)
+
+
+def test_path_that_fsspec_would_split_is_rejected(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"a::b'?.*contains '::'"):
+        RunDirectory(tmp_path / "a::b" / "run")

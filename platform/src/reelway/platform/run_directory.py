@@ -48,13 +48,19 @@ class StepExecution:
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """One run of the pipeline from events to a release, on local disk."""
+    """One run of the pipeline from events to a release, on local disk.
+
+    Raises:
+        ConfigError: if the path contains ``::``, by which fsspec separates the parts of a chained URL.
+    """
 
     path: Path
 
     def __post_init__(self) -> None:
         # worker processes have another working directory
         object.__setattr__(self, "path", self.path.absolute())
+        if "::" in str(self.path):
+            raise ConfigError(f"run directory {str(self.path)!r}: its path contains '::'; rename the folder")
 
     @property
     def dataset(self) -> Path:
