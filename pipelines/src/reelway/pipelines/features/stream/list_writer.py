@@ -99,8 +99,8 @@ class ListWriter:
         self._written_s = self._saved_s = _NEVER
         self._as_of_us = self._described_us = 0
         self._metrics.age.set_function(lambda: max(self._clock() - self._described_us / 1e6, 0.0))
-        self._exposures = open_topic(events, Topic.EXPOSURES)
-        self._outcomes = open_topic(events, Topic.OUTCOMES)
+        self._exposures = open_topic(events, Topic.EXPOSURES, clock)
+        self._outcomes = open_topic(events, Topic.OUTCOMES, clock)
         self._skip_old_records()
 
     def poll(self) -> int:
