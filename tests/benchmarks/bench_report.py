@@ -86,7 +86,7 @@ BENCHMARKS: Final = (
     ),
     Benchmark(
         "live_loop",
-        "Watch time per viewer-day of one release in copies of a simulated world for seven days: frozen, frozen with the "
+        "Watch time per viewer-day of one release for seven days in copies of a simulated world: frozen, frozen with "
         "memory of what was shown, and live.",
         "make bench-live-loop",
     ),

@@ -160,7 +160,8 @@ class LiveParts:
             for topic in (Topic.EXPOSURES, Topic.OUTCOMES)
         }
         self._stream = self._open_stream(run)
-        table, overlay = loader.table(), str(run.overlay)
+        self.table = table = loader.table()
+        overlay = str(run.overlay)
         self._features = FeatureOverlay(table, FeatureChangelog(overlay))
         self._uploads = UploadOverlay(table, UploadChangelog(overlay, release, table.embedding.shape[1]))
         self._publisher = self._stack.enter_context(closing(CataloguePublisher(run.events)))
@@ -174,7 +175,8 @@ class LiveParts:
         self._published = world.config.videos
         lists = ListWriter(run.events, overlay, options.lists_state, CollectorRegistry(), clock=clock)
         self._lists = self._stack.enter_context(closing(lists))
-        self._list_follower = ListFollower(loader.lists(), table, overlay, release)
+        self.lists = loader.lists()
+        self._list_follower = ListFollower(self.lists, table, overlay, release)
         self._next_lists_s = clock()
 
     def advance(self) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tests.benchmarks.bench_live_loop import FROZEN, LIVE, REMEMBERED, LoopSize, ratio_interval, report_rows, run_loop
-from tests.benchmarks.live_loop_service import LoopRelease, LoopService, Part
+from tests.benchmarks.live_loop_service import LISTS_INTERVAL_S, LiveParts, LoopRelease, LoopService, Part
 from tests.benchmarks.live_loop_traffic import ArmTotals, loop_requests
 from tests.support.dimensions import DIMENSIONS
 from tests.support.pipelines.trained_run import write_evaluation, write_features, write_random_models
@@ -27,6 +27,8 @@ from reelway.pipelines.simulation.world import World
 from reelway.platform.atomic_files import write_json
 from reelway.platform.release.signing import load_private_key
 from reelway.platform.run_directory import RunDirectory
+
+pytestmark = pytest.mark.slow
 
 SIZE = LoopSize(viewers=12, videos=150, log_days=3, days=1, pages_per_day=5.0, seed=3)
 
@@ -55,11 +57,11 @@ def totals(run: RunDirectory, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 @pytest.fixture
-def live(run: RunDirectory, tmp_path: Path) -> Iterator[tuple[World, LoopService]]:
+def live(run: RunDirectory, tmp_path: Path) -> Iterator[tuple[World, LoopService, LiveParts]]:
     world = World(SimulationConfig(**json.loads((run.dataset / "dataset.json").read_text())["config"]), SIZE.seed)
     release = run.record("release")["summary"]["release_id"]
     service, parts = LoopRelease(run, release, world, tmp_path).live(LIVE, frozenset(Part))
-    yield world, service
+    yield world, service, parts
     parts.close()
 
 
@@ -79,9 +81,20 @@ def test_live_arm_alone_shows_uploads(totals: dict[str, ArmTotals]) -> None:
     assert {totals[name].uploads_shown for name in (FROZEN, REMEMBERED)} == {0}
 
 
-def test_live_row_follows_the_outcomes(live: tuple[World, LoopService]) -> None:
-    """The viewer's history has the reported watch at the next tick."""
-    world, service = live
+def test_live_lists_replace_those_of_the_release(live: tuple[World, LoopService, LiveParts]) -> None:
+    world, service, parts = live
+    service.advance(world.end_s)
+    slate = service.recommend(1, "phone", world.end_s + 5, request_id=0)
+    service.report([{"token": slate.tokens[3], "type": "like", "value": 1.0}], world.end_s + 58)
+    service.advance(world.end_s + LISTS_INTERVAL_S)
+    assert parts.lists.current().as_of_s == world.end_s + LISTS_INTERVAL_S
+    liked = parts.lists.current().popular[0]
+    assert parts.table.video_id[[liked]].tolist() == [slate.video_ids[3]]
+
+
+def test_live_row_follows_the_outcomes(live: tuple[World, LoopService, LiveParts]) -> None:
+    """The viewer's history has the reported like at the next tick."""
+    world, service, _ = live
     service.advance(world.end_s)
     slate = service.recommend(1, "phone", world.end_s + 5, request_id=0)
     outcome = {"token": slate.tokens[3], "type": "like", "value": 1.0}
@@ -90,8 +103,8 @@ def test_live_row_follows_the_outcomes(live: tuple[World, LoopService]) -> None:
     assert service.read_row(1)["history_videos"][-1] == slate.video_ids[3]
 
 
-def test_loop_requests_continue_after_the_log(live: tuple[World, LoopService]) -> None:
-    world, _ = live
+def test_loop_requests_continue_after_the_log(live: tuple[World, LoopService, LiveParts]) -> None:
+    world, _, _ = live
     requests = loop_requests(world, 2, 5.0)
     assert len(requests.time_s) == 2 * 5 * SIZE.viewers
     assert requests.time_s.min() >= world.end_s
