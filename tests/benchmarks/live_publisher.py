@@ -2,7 +2,8 @@
 
 Usage: python -m tests.benchmarks.live_publisher EVENTS FIRST_VIDEO RATE SECONDS
 
-It waits for a line on standard input before it begins, and prints the updates per second that it reached.
+It encodes all updates, waits for a line on standard input before it appends them, and prints the updates per second
+that it reached.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Final
 
 from tests.support.serving.uploads import upload
 
-from reelway.platform.eventlog.catalogue_log import CataloguePublisher
+from reelway.platform.eventlog.catalogue_events import as_record
+from reelway.platform.eventlog.topics import Topic, open_topic
 
 BATCH_S: Final = 0.05
 CONTENTS: Final = 500
@@ -24,19 +26,21 @@ CONTENTS: Final = 500
 def main(events: str, first: int, rate: int, seconds: float) -> None:
     contents = [upload(first + number) for number in range(CONTENTS)]
     size, now = max(int(rate * BATCH_S), 1), datetime.now(UTC)
-    batches = int(seconds / BATCH_S)
-    with closing(CataloguePublisher(events)) as publisher:
+    with closing(open_topic(events, Topic.CATALOGUE)) as catalogue:
+        records = [
+            as_record(
+                contents[number % CONTENTS].model_copy(update={"video_id": first + number, "uploaded_at": now}),
+                catalogue.partitions,
+            )
+            for number in range(int(seconds / BATCH_S) * size)
+        ]
         print("ready", flush=True)
         sys.stdin.readline()
         start = time.monotonic()
-        for batch in range(batches):
-            changes = [
-                contents[video % CONTENTS].model_copy(update={"video_id": first + video, "uploaded_at": now})
-                for video in range(batch * size, (batch + 1) * size)
-            ]
-            publisher.publish(changes)
+        for batch, begin in enumerate(range(0, len(records), size)):
+            catalogue.append(records[begin : begin + size])
             time.sleep(max(start + (batch + 1) * BATCH_S - time.monotonic(), 0.0))
-        print(batches * size / (time.monotonic() - start), flush=True)
+        print(len(records) / (time.monotonic() - start), flush=True)
 
 
 if __name__ == "__main__":

@@ -6,16 +6,18 @@ All processes share the machine's cores with the benchmark.
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, closing, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 from uuid import uuid4
 
+import psutil
 from confluent_kafka.admin import NewTopic
 from tests.benchmarks.serving_fixture import ServingFixture, make_serving_fixture, online_store
 from tests.support.dimensions import DIMENSIONS
@@ -140,6 +142,28 @@ def live_service(path: Path, videos: int) -> Iterator[LiveService]:
         for future in broker.admin.create_topics(new).values():
             future.result(30)
         yield LiveService(fixture, broker, events)
+
+
+@contextmanager
+def own_core() -> Iterator[None]:
+    """Leaves one core to this process, and the others to its children, as if these ran on other machines."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        raise SystemExit("this part needs two cores: one for the replica, and one for everything else")
+    this = psutil.Process()
+    children = [thread.id for process in this.children(recursive=True) for thread in process.threads()]
+    try:
+        _pin([thread.id for thread in this.threads()], cores[:1])
+        _pin(children, cores[1:])
+        yield
+    finally:
+        _pin([thread.id for thread in this.threads()], cores)
+
+
+def _pin(threads: Sequence[int], cores: Sequence[int]) -> None:
+    for thread in threads:
+        with suppress(ProcessLookupError):
+            os.sched_setaffinity(thread, cores)
 
 
 @contextmanager

@@ -27,6 +27,8 @@ RECENT_S: Final = 600.0
 """How long a router knows its own slates itself, in seconds."""
 MAX_SLATES: Final = 20_000
 """Most recent slates that a router keeps, and most slates that wait to be written: about 5 MB each."""
+WRITE_DELAY_S: Final = 0.02
+"""How long a slate waits for others before it is written. A write at once would delay the response of its request."""
 _BATCH: Final = 500
 _FIRST_RETRY_S: Final = 0.1
 _LAST_RETRY_S: Final = 5.0
@@ -84,6 +86,7 @@ class ShownMemory:
         self._of_viewer: dict[int, _ViewerSlates] = {}
         self._unwritten: deque[ShownSlate] = deque()
         self._changed = threading.Condition()
+        self._flushing = threading.Event()
         self._is_closed = False
         self._is_writing = False
         self._writer = threading.Thread(target=self._write, name="shown-memory", daemon=True)
@@ -116,8 +119,11 @@ class ShownMemory:
 
     def flush(self, timeout_s: float) -> bool:
         """Waits until every slate is written; returns False after the timeout."""
+        self._flushing.set()
         with self._changed:
-            return self._changed.wait_for(lambda: not self._unwritten and not self._is_writing, timeout_s)
+            is_written = self._changed.wait_for(lambda: not self._unwritten and not self._is_writing, timeout_s)
+        self._flushing.clear()
+        return is_written
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Ends the thread after what waits is written, or after the timeout; then the rest is lost and counted."""
@@ -146,6 +152,8 @@ class ShownMemory:
                 self._changed.wait_for(lambda: self._unwritten or self._is_closed)
                 if self._is_closed:
                     return
+            self._flushing.wait(WRITE_DELAY_S)
+            with self._changed:
                 batch = [self._unwritten.popleft() for _ in range(min(len(self._unwritten), _BATCH))]
                 self._is_writing = True
             try:

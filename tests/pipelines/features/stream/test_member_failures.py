@@ -13,9 +13,9 @@ import pyarrow as pa
 import pytest
 from prometheus_client import CollectorRegistry
 
+from reelway.pipelines.features.stream.heartbeats import HeartbeatGrid, LastRead, send_heartbeats
 from reelway.pipelines.features.stream.member_threads import running_threads
 from reelway.pipelines.features.stream.metrics import StreamMetrics
-from reelway.pipelines.features.stream.quix_service import send_heartbeats
 from reelway.pipelines.features.stream.row_delivery import ViewerRowDelivery, without_errors
 from reelway.platform.errors import StorageError
 from reelway.platform.eventlog import LogRecord, Offsets
@@ -62,19 +62,13 @@ class UnreachableLog(SqliteLog):
         raise StorageError("unreachable")
 
 
-class QuietStream:
-    """A member whose partition had its last record a second ago."""
-
-    def __init__(self) -> None:
-        self.read_offsets = {(Topic.OUTCOMES, 0): (0, time.monotonic() - 1)}
-
-
 def test_heartbeats_go_on_without_the_lag(registry: CollectorRegistry, tmp_path: Path) -> None:
     stop = threading.Event()
     log = UnreachableLog(tmp_path / "log.db", stop)
     timer = threading.Timer(30, stop.set)
     timer.start()
-    send_heartbeats({Topic.OUTCOMES: log}, QuietStream(), StreamMetrics(registry), stop)  # type: ignore[arg-type]
+    quiet = {(Topic.OUTCOMES, 0): LastRead(0, time.time_ns() // 1000 - 1_000_000, time.monotonic() - 1)}
+    send_heartbeats({Topic.OUTCOMES: log}, lambda: quiet, HeartbeatGrid(1_000_000), StreamMetrics(registry), stop)
     assert timer.is_alive(), "the heartbeats ended with the first failure"
     timer.cancel()
     assert registry.get_sample_value("reelway_stream_faults_total") == 1

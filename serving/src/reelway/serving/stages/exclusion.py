@@ -35,8 +35,9 @@ class SearchableRows:
         if not exclusions:
             return None
         bits = self._all.copy()
-        blocked, _ = self._table.rows_of_creators(exclusions.blocked_creators)
-        rows = np.concatenate([exclusions.shown_rows, blocked])
+        rows = exclusions.shown_rows
+        if len(exclusions.blocked_creators):
+            rows = np.concatenate([rows, self._table.rows_of_creators(exclusions.blocked_creators)[0]])
         rows = rows[rows < len(self._table)]
         np.bitwise_and.at(bits, rows >> 3, ~(1 << (rows & 7)).astype(np.uint8))
         for topic in exclusions.blocked_topics.tolist():

@@ -36,6 +36,8 @@ class AnnWithUploads:
         similarity[uploads.replaced] = -np.inf
         is_full = len(built.rows) >= query.limit
         added = np.flatnonzero(similarity > (built.similarity[-1] if is_full else -np.inf))
+        if not len(added):
+            return built
         if (surplus := len(added) - query.limit) > 0:
             added = added[np.argpartition(similarity[added], surplus)[surplus:]]
         rows = np.concatenate([built.rows, (added + len(self._table)).astype(np.int32)])

@@ -24,12 +24,13 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry, start_http_server
 
+from reelway.pipelines.features.stream.decoded_uploads import DecodedUploads
 from reelway.pipelines.features.stream.list_writer import ListWriter
 from reelway.pipelines.features.stream.release_overlay import REFUSALS, OverlayStep, ReleaseOverlay
 from reelway.pipelines.features.stream.uploads import VideoRows
 from reelway.platform.contracts.ids import ReleaseId, short_id
 from reelway.platform.errors import ConfigError, ReelwayError, StorageError
-from reelway.platform.eventlog.catalogue_events import decode_status_changes, decode_upserts
+from reelway.platform.eventlog.catalogue_events import decode_status_changes
 from reelway.platform.eventlog.catalogue_log import READ_LIMIT, VersionGuard
 from reelway.platform.eventlog.topics import Topic, open_topic
 from reelway.platform.eventlog.upload_overlay import OverlayRequests
@@ -115,7 +116,8 @@ class OverlayWriter:
             self._stack.enter_context(closing(open_topic(options.events, topic)))
             for topic in (Topic.CATALOGUE, Topic.TAKEDOWNS)
         )
-        self._uploads = VersionGuard(catalogue, decode_upserts)
+        self._decode = DecodedUploads()
+        self._uploads = VersionGuard(catalogue, self._decode)
         self._guards = (self._uploads, VersionGuard(takedowns, decode_status_changes))
         self._served: set[str] = set()  # releases to write, by the last listing
         self._overlays: dict[str, ReleaseOverlay] = {}
@@ -193,7 +195,7 @@ class OverlayWriter:
             check_signature(read_manifest(folder), load_public_keys(options.public_keys))
             catalogue = open_topic(options.events, Topic.CATALOGUE)
             self._overlays[release] = ReleaseOverlay(
-                VideoRows(folder), catalogue, options.overlay, self._uploads.is_newest
+                VideoRows(folder), catalogue, options.overlay, self._uploads.is_newest, self._decode
             )
             log.info("release %s: overlay has %d rows", short_id(release), self._overlays[release].count)
         except ReelwayError as error:

@@ -10,14 +10,13 @@ from collections.abc import Mapping
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
 from uuid import uuid4
 
-import pyarrow as pa
 from prometheus_client import CollectorRegistry
 
 from reelway.pipelines.features.stream.bootstrap import initial_watermark_us
 from reelway.pipelines.features.stream.clock import STREAM_CLOCK_FILE, StreamClock
+from reelway.pipelines.features.stream.heartbeats import HeartbeatGrid, send_heartbeats
 from reelway.pipelines.features.stream.local_stream import offset_to_dataset_us
 from reelway.pipelines.features.stream.member_threads import running_threads
 from reelway.pipelines.features.stream.memory_keeper import viewer_memory_kept_complete
@@ -34,27 +33,16 @@ from reelway.pipelines.features.stream.run_inputs import load_dataset, video_fac
 from reelway.pipelines.features.stream.service import TOPICS, StreamOptions
 from reelway.pipelines.features.stream.sinks import FeatureSinks
 from reelway.platform.atomic_files import write_json
-from reelway.platform.errors import ReelwayError
-from reelway.platform.eventlog import EventLog, LogRecord
+from reelway.platform.eventlog import EventLog
 from reelway.platform.eventlog.addresses import client_settings
-from reelway.platform.eventlog.arrow_records import encode_rows
-from reelway.platform.eventlog.exposure_events import EXPOSURE_EVENT_SCHEMA
 from reelway.platform.eventlog.feature_changelog import FeatureChangelog
 from reelway.platform.eventlog.kafka_log import KafkaLog
-from reelway.platform.eventlog.outcome_events import OUTCOME_EVENT_SCHEMA
 from reelway.platform.eventlog.parked_records import ParkedRecords
 from reelway.platform.eventlog.topics import Topic, open_topic
 from reelway.platform.features.feast_store import open_feature_store
 from reelway.platform.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
-
-HEARTBEAT_S: Final = 0.5
-"""A partition that this member reads gets a heartbeat after this long without a record."""
-ANY_HEARTBEAT_S: Final = 5.0
-"""Interval of heartbeats to all partitions, so that an assignment of a quiet partition is noticed."""
-_OWN_S: Final = 30.0
-_SCHEMAS: Final = {Topic.EXPOSURES: EXPOSURE_EVENT_SCHEMA, Topic.OUTCOMES: OUTCOME_EVENT_SCHEMA}
 
 
 def run_member(run: RunDirectory, options: StreamOptions, stop: threading.Event) -> None:
@@ -82,7 +70,9 @@ def run_member(run: RunDirectory, options: StreamOptions, stop: threading.Event)
         schemas, sources = row_schemas(views), settings.partitions * len(VIDEO_VIEWS)
         client = {"bootstrap.servers": settings.servers, **settings.client}
         targets = {
-            "heartbeats": lambda: send_heartbeats(logs, stream, metrics, ended),
+            "heartbeats": lambda: send_heartbeats(
+                logs, lambda: dict(stream.last_reads), HeartbeatGrid(rules.fine_us, rules.behind_us), metrics, ended,
+            ),
             "stop": lambda: stop_when_requested(stream, stop, ended),
             "viewer rows": lambda: deliver_rows(
                 client, settings.prefix + VIEWER_ROWS, lambda: ViewerRowDelivery(sinks, schemas, metrics),
@@ -135,60 +125,6 @@ def stop_when_requested(stream: QuixStream, stop: threading.Event, ended: thread
     while not ended.wait(0.2):
         if stop.is_set():
             stream.application.stop()
-
-
-def send_heartbeats(
-    logs: Mapping[Topic, EventLog], stream: QuixStream, metrics: StreamMetrics, stop: threading.Event
-) -> None:
-    """Appends heartbeats to quiet partitions until ``stop`` is set."""
-    payloads = {topic: encode_rows(_empty(schema)) for topic, schema in _SCHEMAS.items()}
-    next_all_s = time.monotonic()
-    while not stop.wait(HEARTBEAT_S / 2):
-        now_s = time.monotonic()
-        read = dict(stream.read_offsets)
-        to_all = now_s >= next_all_s
-        next_all_s = now_s + ANY_HEARTBEAT_S if to_all else next_all_s
-        for topic, events in logs.items():
-            ages_s = [now_s - read.get((topic, partition), (0, 0.0))[1] for partition in range(events.partitions)]
-            quiet = [partition for partition, age_s in enumerate(ages_s) if to_all or HEARTBEAT_S <= age_s < _OWN_S]
-            _append(events, [LogRecord(uuid4().hex, partition, payloads[topic]) for partition in quiet], metrics)
-        if to_all:
-            _record_lag(logs, read, metrics)
-
-
-def _append(events: EventLog, records: list[LogRecord], metrics: StreamMetrics) -> None:
-    try:
-        events.append(records)
-    except ReelwayError as error:  # the next heartbeat follows soon
-        metrics.count_fault()
-        log.error("heartbeat not sent: %s", error)
-
-
-def _record_lag(
-    logs: Mapping[Topic, EventLog], read: Mapping[tuple[str, int], tuple[int, float]], metrics: StreamMetrics
-) -> None:
-    try:
-        metrics.record_lag(_lag(logs, read))
-    except ReelwayError as error:  # heartbeats matter more
-        metrics.count_fault()
-        log.error("number of unread records not known: %s", error)
-
-
-def _lag(
-    logs: Mapping[Topic, EventLog], read: Mapping[tuple[str, int], tuple[int, float]]
-) -> dict[tuple[str, int], int]:
-    """Returns the number of unread records of the partitions that this member reads."""
-    now_s = time.monotonic()
-    return {
-        (topic, partition): end - read[topic, partition][0]
-        for topic, events in logs.items()
-        for partition, end in events.end_offsets().items()
-        if (topic, partition) in read and now_s - read[topic, partition][1] < _OWN_S
-    }
-
-
-def _empty(schema: pa.Schema) -> Any:
-    return pa.RecordBatch.from_arrays([pa.array([], field.type) for field in schema], schema=schema)
 
 
 def _state_folder(run: RunDirectory, options: StreamOptions) -> Path:

@@ -33,6 +33,7 @@ from reelway.pipelines.features.stream.cell_records import (
     partition_key,
     split_cells,
 )
+from reelway.pipelines.features.stream.heartbeats import LastRead
 from reelway.pipelines.features.stream.keyed_store import get_integers, put_integers
 from reelway.pipelines.features.stream.log_records import read_records
 from reelway.pipelines.features.stream.metrics import StreamMetrics
@@ -181,8 +182,8 @@ class QuixStream:
         self._load_dataset, self._facts = load_dataset, facts
         self._metrics, self._parked = metrics, parked
         self._dataset: DatasetState | None = None
-        self.read_offsets: dict[tuple[str, int], tuple[int, float]] = {}
-        """(topic, partition) -> next offset, and when the last record was read (monotonic seconds)."""
+        self.last_reads: dict[tuple[str, int], LastRead] = {}
+        """(topic, partition) -> its last record."""
         metrics.measure_ages(rules.behind_us, {view: schedule.grid_us for view, schedule in rules.schedules.items()})
         self.application = _MemberApplication(
             broker_address=_connection(settings),
@@ -322,7 +323,7 @@ class QuixStream:
             if self._parked is not None:
                 self._parked.park(parked)
         task.add(events)
-        self.read_offsets[topic, context.partition] = (context.offset + 1, time.monotonic())
+        self.last_reads[topic, context.partition] = LastRead(context.offset + 1, time_us, time.monotonic())
 
     def _row_outputs(self, topic: str, rows: Sequence[Any]) -> list[Output]:
         return [Output(topic, key, value) for key, value in encode_rows(rows)]

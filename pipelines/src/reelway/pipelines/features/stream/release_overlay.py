@@ -19,7 +19,7 @@ from reelway.pipelines.features.stream.uploads import VideoRows
 from reelway.platform.contracts.release_files import OVERLAY_CAPACITY
 from reelway.platform.eventlog.catalogue_events import VideoUpsert, decode_upserts
 from reelway.platform.eventlog.catalogue_log import READ_LIMIT
-from reelway.platform.eventlog.event_log import EventLog, Offsets
+from reelway.platform.eventlog.event_log import EventLog, Offsets, StoredRecord
 from reelway.platform.eventlog.upload_overlay import (
     COMPACT_AFTER,
     MAX_CHANGES,
@@ -51,6 +51,7 @@ class ReleaseOverlay:
         catalogue: the topic ``catalogue``; no other object reads from this one.
         overlay: folder or fsspec URL of the overlay.
         is_newest: whether an upload is the newest version of its video in the whole topic.
+        decode: decodes the topic's records.
         capacity: largest number of rows.
 
     Raises:
@@ -64,12 +65,14 @@ class ReleaseOverlay:
         catalogue: EventLog,
         overlay: str | Path,
         is_newest: Callable[[VideoUpsert], bool],
+        decode: Callable[[Sequence[StoredRecord]], tuple[list[VideoUpsert | None], int]] = decode_upserts,
         capacity: int = OVERLAY_CAPACITY,
     ) -> None:
         self._rows = rows
         self._catalogue = catalogue
         self._changelog = UploadChangelog(overlay, rows.release, rows.embedding_dim)
         self._is_newest = is_newest
+        self._decode = decode
         self._capacity = capacity
         self._sequence = 0
         self._position: Offsets = {}
@@ -94,7 +97,7 @@ class ReleaseOverlay:
             StorageError: if the log cannot be read, or the overlay not written. The next step tries again.
         """
         read = self._catalogue.read(self._position, limit=READ_LIMIT)
-        upserts, unreadable = decode_upserts(read.records)
+        upserts, unreadable = self._decode(read.records)
         wanted = {
             upsert.video_id: upsert
             for upsert in upserts
