@@ -111,7 +111,7 @@ class LiveService:
     def stream(self) -> Iterator[None]:
         """Runs ``reelway stream``, hosted on Quix Streams, in a process of its own."""
         state = str(self.run.path / "stream-state")
-        with self._command("stream", "--run", str(self.run.path), "--event-log", self.events, "--state", state):
+        with self._command("stream", "--run", str(self.run.path), "--events", self.events, "--state", state):
             yield
 
     @contextmanager

@@ -113,7 +113,8 @@ def healthy_live_parts() -> Series:
         'reelway_outcomes_unreadable_records_total{source="exposures"}', "reelway_takedowns_unreadable_total",
         'reelway_uploads_refused_total{release="aaaa", kind="unreadable"}', "reelway_stream_faults_total",
         'reelway_stream_parked_records_total{kind="unreadable"}', 'reelway_ingress_memory_faults_total{kind="read"}',
-        "reelway_ingress_memory_lost_total", "reelway_outcomes_memory_failures_total",
+        "reelway_ingress_memory_lost_total", "reelway_ingress_parity_samples_lost_total",
+        "reelway_outcomes_memory_failures_total",
         "reelway_outcomes_memory_lost_total", "reelway_catalogue_faults_total", "reelway_uploads_faults_total",
         "reelway_uploads_unrepaired_total",
     )  # fmt: skip
@@ -141,6 +142,7 @@ FAULTS: Final[list[tuple[str, Mapping[str, list[float]], int]]] = [
         'reelway_ingress_faults_total{release="aaaa", stage="viewer_row", kind="unexpected"}': grows(0, 1)
     }, 6),
     ("ReelwayExposuresLost", {'reelway_ingress_exposures_lost_total{arm="stable", release="aaaa"}': grows(0, 1)}, 6),
+    ("ReelwayParitySamplesLost", {"reelway_ingress_parity_samples_lost_total": grows(0, 1)}, 6),
     ("ReelwayOutcomeSumsBehind", {'reelway_outcomes_log_age_seconds{source="exposures"}': level(2, 200)}, 6),
     ("ReelwayEventLogUnreadable", {
         'reelway_outcomes_unreadable_records_total{source="exposures"}': grows(0, 1)

@@ -71,8 +71,8 @@ def test_commands_report_their_effect(
         until(lambda: len(serve.routing.arms) == 2)
         waiting = user.start_rollout(BAD, "quick")
         assert waiting.exit_code == 0, waiting.output
-        first = started.output.split()[0]
-        assert "cccccccccccc" in user.run("status", waiting.output.split()[0]).output
+        first = started.stdout.split()[0]
+        assert "cccccccccccc" in user.run("status", waiting.stdout.split()[0]).output
         back = user.run("rollback", first, "--wait", "--note", "enough")
         assert back.exit_code == 0, back.output
         assert "enough" in kubectl.read(first.rsplit("-", 1)[0])["status"]["history"][-1]["reason"]
@@ -108,5 +108,5 @@ def test_release_is_found_by_its_prefix(
     })  # fmt: skip
     monkeypatch.setattr(rollout_cluster, "ADMISSION_TIMEOUT_S", 0.2)
     started = user.start_rollout("bbb", "quick")
-    name = started.output.split()[0].rsplit("-", 1)[0]
+    name = started.stdout.split()[0].rsplit("-", 1)[0]
     assert kubectl.read(name)["spec"]["release"] == GOOD

@@ -12,12 +12,17 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final, cast
 
 import pytest
+from ray.dashboard.modules.job import job_head
+from ray.job_submission import JobSubmissionClient
 
+from reelway.pipelines.job_submitter import AGENT_ATTEMPTS, AGENT_WAIT_S, AgentMissingError, submit
 from reelway.platform.rollout.control.bearer_token import ensure_bearer_token
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
+NO_AGENT: Final = "No available agent to submit job, please try again later"
 _RAY = """
 import sys, ray
 ray.init(address="local", num_cpus=1, include_dashboard=True, dashboard_port=int(sys.argv[1]), log_to_driver=False,
@@ -109,6 +114,45 @@ def test_unreachable_job_server_error_names_the_address(tmp_path: Path) -> None:
     result = Server("127.0.0.1:1", tmp_path / "none").submitter("job-1", "true")
     assert result.returncode == 1
     assert "job job-1 at 127.0.0.1:1" in result.stderr
+
+
+class StartingRay:
+    """Ray's job server whose agents start with a delay.
+
+    Args:
+        attempts: number of submissions that find no agent.
+    """
+
+    def __init__(self, attempts: int) -> None:
+        self.attempts_left, self.submitted, self.slept_s = attempts, list[str](), 0.0
+
+    def submit_job(self, *, entrypoint: str, submission_id: str) -> str:
+        if self.attempts_left:
+            self.attempts_left -= 1
+            raise RuntimeError(f"Request failed with status code 500: {NO_AGENT}.")
+        self.submitted.append(f"{submission_id}: {entrypoint}")
+        return submission_id
+
+    def sleep(self, seconds: float) -> None:
+        self.slept_s += seconds
+
+
+def test_submission_waits_for_an_agent() -> None:
+    ray = StartingRay(3)
+    assert submit(cast(JobSubmissionClient, ray), "job-1", "true", sleep=ray.sleep)
+    assert ray.submitted == ["job-1: true"]
+    assert ray.slept_s == 3 * AGENT_WAIT_S
+
+
+def test_submission_without_an_agent_fails_in_the_end() -> None:
+    ray = StartingRay(1_000)
+    with pytest.raises(AgentMissingError, match=f"none of {AGENT_ATTEMPTS} submissions found a job agent"):
+        submit(cast(JobSubmissionClient, ray), "job-1", "true", sleep=ray.sleep)
+    assert (ray.submitted, ray.slept_s) == ([], (AGENT_ATTEMPTS - 1) * AGENT_WAIT_S)
+
+
+def test_message_about_missing_agents_is_rays() -> None:
+    assert NO_AGENT in Path(job_head.__file__).read_text()
 
 
 def test_missing_environment_variables_are_named(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,26 @@ def wait_until_applied(loader: ReleaseLoader, video: int, *, hidden: bool) -> fl
         assert time.monotonic() - began < 5, "the takedown was not applied"
         time.sleep(0.002)
     return time.monotonic() - began
+
+
+def open_files(folder: Path) -> list[str]:
+    """Returns the files in a folder that this process has open."""
+    found = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # the listing's own
+            found.append(str(descriptor.readlink()))
+    return [path for path in found if path.startswith(str(folder))]
+
+
+def test_stopped_follower_has_no_open_file(events: Path) -> None:
+    publish(events, *takedown(videos=[1]))
+    following = follower(events).start()
+    deadline = time.monotonic() + 30
+    while not open_files(events):
+        assert time.monotonic() < deadline, "the log was not opened"
+        time.sleep(0.01)
+    following.stop()
+    assert open_files(events) == []
 
 
 @pytest.mark.parametrize("arm", [Arm.STABLE, Arm.HOLDOUT])

@@ -15,6 +15,7 @@ from reelway.platform.contracts.feature_names import REQUEST_CONTEXT, VIEWER_VIE
 from reelway.platform.errors import EmptyDatasetError, FeatureError
 from reelway.platform.features import on_demand
 from reelway.platform.features.feast_store import open_feature_store
+from reelway.platform.features.on_demand import SESSION_GAP_S
 from reelway.platform.run_directory import RunDirectory
 
 DAY_US = 86_400_000_000
@@ -102,6 +103,22 @@ def test_training_row_excludes_its_own_and_later_outcomes(built) -> None:
         assert len(rows["history_videos"][i].as_py() or []) == min(telling.sum(), 50)
         day = (video == video[i]) & (known < now[i] // 3_600_000_000 * 3_600_000_000)
         assert (rows["video_impressions_7d"][i].as_py() or 0) <= day.sum()
+
+
+def test_training_history_excludes_impressions_of_its_own_request(built) -> None:
+    """Otherwise the weight of the impression, hence its label, would be part of the session features."""
+    rows = pq.read_table(build_training_rows(built.run))
+    shown = rows["event_time"].cast(TIMESTAMP_TYPE).cast(pa.int64()).to_numpy() / 1e6
+    known_sessions = 0
+    for i, times_s in enumerate(rows["history_times_s"].to_pylist()):
+        if not times_s:
+            continue
+        now_s = rows["request_time_s"][i].as_py()
+        assert max(times_s) < now_s <= shown[i]
+        history = zip(rows["history_videos"][i].as_py(), times_s, strict=True)
+        assert (rows["video_id"][i].as_py(), shown[i]) not in list(history)
+        known_sessions += max(times_s) > now_s - SESSION_GAP_S
+    assert known_sessions > 20
 
 
 def test_on_demand_view_runs_the_platform_function(built) -> None:

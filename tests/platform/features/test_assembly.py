@@ -67,6 +67,7 @@ def test_dense_values_have_the_positions_of_the_contract() -> None:
     assert dense_of(dense, DIMENSIONS.viewer_dense, "account_age_d") == 1.0
     assert dense_of(dense, DIMENSIONS.viewer_dense, "topic_affinity_0") == pytest.approx(1.0 / DIMENSIONS.topics)
     assert dense_of(dense, DIMENSIONS.viewer_dense, "hours_since_last_activity") == pytest.approx(0.5)
+    assert dense[-len(names.SESSION_FEATURES) :].tolist() == [2.0, 0.0, 0.0, 2.5]
 
 
 def test_history_is_padded_in_front_with_the_latest_last() -> None:
@@ -91,7 +92,8 @@ def test_unknown_viewer_has_only_clock_features_with_the_device() -> None:
     arrays = assemble_viewers(columns_from_row(nothing), np.array([NOW_S]), ["tv"], DIMENSIONS)
     clock = {"hour_sin", "hour_cos", "weekday_sin", "weekday_cos"}
     for name, value in zip(DIMENSIONS.viewer_dense, arrays.viewer_dense[0], strict=True):
-        assert np.isnan(value) == (name not in clock), name
+        assert np.isnan(value) == (name not in clock and name not in names.SESSION_FEATURES), name
+    assert not arrays.viewer_dense[0, -len(names.SESSION_FEATURES) :].any()
     assert arrays.viewer_categories[0].tolist() == [0, 0, 0, category_code("tv", DIMENSIONS.category_buckets)]
     assert not arrays.history_codes.any()
 

@@ -353,7 +353,7 @@ def test_history_length_that_contradicts_the_tower_is_rejected(release: Path) ->
 
 def test_topics_that_contradict_the_inputs_are_rejected(release: Path) -> None:
     with_features(release, replace(DIMENSIONS, topics=40))
-    with pytest.raises(IncompatibleReleaseError, match="has viewer_dense 53, this version of Reelway expects 61"):
+    with pytest.raises(IncompatibleReleaseError, match="has viewer_dense 57, this version of Reelway expects 65"):
         verify_folder(release)
 
 

@@ -357,7 +357,7 @@ def test_metrics_have_the_names_and_labels_of_the_rollout(followed: Followed, co
     }
     assert {name for name, _ in samples} == {
         metric_names.EXPOSURE, metric_names.STATISTIC, metric_names.RECEIVED, metric_names.LOG_AGE,
-        metric_names.UNREADABLE, metric_names.LATE_SLATES, metric_names.COLLECTOR_FAULTS,
+        metric_names.UNREADABLE, metric_names.LATE_SLATES, metric_names.DROPPED_ARMS, metric_names.COLLECTOR_FAULTS,
     }  # fmt: skip
     assert {label for _, labels in samples for label, _ in labels} <= ALLOWED_LABELS
     expected = recomputed(SHOWN, DONE)

@@ -32,9 +32,9 @@ from reelway.platform.rollout.metric_names import RECEIVED_OUTCOMES
 from reelway.platform.rollout.policy import Slice
 from reelway.serving.outcomes.event_log_writer import logged_outcomes
 from reelway.serving.outcomes.exposures import ArmKey
-from reelway.serving.outcomes.ledger import EXPOSURE_HORIZON_S, Ledger
+from reelway.serving.outcomes.ledger import EXPOSURE_HORIZON_S, MAX_LIVE_ARMS, Ledger
 from reelway.serving.outcomes.log_rows import OutcomeRows, read_outcome_rows
-from reelway.serving.outcomes.outcome_store import OutcomeStore
+from reelway.serving.outcomes.outcome_store import MAX_ARMS, OutcomeStore
 from reelway.serving.outcomes.reported import read_outcomes
 
 SHOWN = ShownImpression(11, viewer=1, arm=Arm.CANARY, weight=0.5, slices=3)
@@ -142,6 +142,59 @@ def test_new_rollout_ends_the_one_with_the_oldest_exposure(bench: LedgerFixture)
     assert bench.report(RawOutcome(replace(SHOWN, rollout="r-2"), OutcomeType.LIKE), LIKE) == ["retired", "counted"]
     bench.restart()
     assert bench.report(RawOutcome(replace(SHOWN, rollout="r-2"), OutcomeType.LIKE)) == ["retired"]
+
+
+def test_rollout_that_ends_within_a_batch_loses_its_counts(bench: LedgerFixture) -> None:
+    """The exposures of r-1 and the early outcome of r-3, which ends r-1, are read together."""
+    shown = [replace(SHOWN, rollout=name, id=20 + number, at=NOW) for number, name in enumerate(("r-1", "r-2"))]
+    early = RawOutcome(replace(SHOWN, rollout="r-3", id=30, at=NOW + 1), OutcomeType.LIKE)
+    (statuses,) = bench.ledger.apply(exposures_of(shown), outcomes_of([early], NOW + 2), {})
+    assert [RECEIVED_OUTCOMES[status] for status in statuses.tolist()] == ["counted"]
+    assert {arm.rollout for arm in bench.ledger.snapshot.sums} == {"r-2", "r-3"}
+
+
+def releases(count: int) -> list[ShownImpression]:
+    """Returns an impression of each of many releases of the rollout r-1."""
+    return [replace(SHOWN, id=1_000 + number, release=f"{number:064x}") for number in range(count)]
+
+
+def test_new_arms_are_counted_after_a_thousand_rollouts(bench: LedgerFixture) -> None:
+    """Nothing is cleaned meanwhile, as when a collector without a file reads a long log."""
+    for number in range(MAX_ARMS + 10):
+        bench.now += 1
+        bench.expose(replace(SHOWN, rollout=f"r-{number}", id=1_000 + number))
+    arms = bench.ledger.snapshot.sums
+    assert [arm.rollout for arm in arms] == [f"r-{MAX_ARMS + 8}", f"r-{MAX_ARMS + 9}"]
+    assert [float(sums[0, 1]) for sums in arms.values()] == [1.0, 1.0]
+    assert bench.rows("viewers") <= MAX_ARMS
+    assert bench.ledger.snapshot.dropped_arms == 0
+    bench.restart()
+    assert bench.report(RawOutcome(replace(SHOWN, rollout="r-new", id=9, at=bench.now), OutcomeType.LIKE)) == [
+        "counted"
+    ]
+
+
+@pytest.mark.parametrize("batch", [1, 50, MAX_LIVE_ARMS])
+def test_too_many_arms_of_a_rollout_drop_the_oldest(bench: LedgerFixture, batch: int) -> None:
+    shown = releases(MAX_LIVE_ARMS + 50)
+    bench.expose(replace(SHOWN, rollout="r-0", id=1))  # ends first
+    bench.now += 1
+    for start in range(0, len(shown), batch):
+        bench.expose(*shown[start : start + batch])
+    arms = bench.ledger.snapshot.sums
+    assert [arm.release for arm in arms] == [one.release for one in shown[50:]]
+    assert bench.ledger.snapshot.dropped_arms == 51
+    assert bench.report(RawOutcome(shown[-1], OutcomeType.LIKE)) == ["counted"]
+
+
+def test_arms_without_a_number_are_not_counted(bench: LedgerFixture) -> None:
+    """More new arms in one batch than numbers exist: the batch is applied, and the loss is reported."""
+    bench.expose(*releases(MAX_ARMS + 5))
+    assert len(bench.ledger.snapshot.sums) == MAX_LIVE_ARMS
+    assert bench.ledger.snapshot.dropped_arms == MAX_ARMS + 5 - MAX_LIVE_ARMS
+    bench.now += 1
+    bench.expose(replace(SHOWN, rollout="r-2", id=2))
+    assert "r-2" in {arm.rollout for arm in bench.ledger.snapshot.sums}
 
 
 def test_token_of_a_dropped_rollout_drops_no_active_one(bench: LedgerFixture) -> None:

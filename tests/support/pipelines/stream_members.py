@@ -81,7 +81,7 @@ class Members:
             self._processes[name] = subprocess.Popen(
                 [
                     sys.executable, "-X", "faulthandler", "-m", "reelway.platform.cli", "stream",
-                    "--run", str(self._run.path), "--event-log", self._events, "--state", str(self._folder / name),
+                    "--run", str(self._run.path), "--events", self._events, "--state", str(self._folder / name),
                 ],
                 stdout=output, stderr=output,
             )  # fmt: skip
@@ -165,6 +165,7 @@ def read_rows(
         {
             "bootstrap.servers": broker.servers, "group.id": uuid4().hex, "auto.offset.reset": "earliest",
             "isolation.level": "read_committed",
+            "topic.metadata.refresh.interval.ms": 1_000,  # a member that has just started creates the topics
         }
     )  # fmt: skip
     consumer.subscribe([prefix + "rows-viewer", prefix + "rows-video"])

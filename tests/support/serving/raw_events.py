@@ -44,16 +44,17 @@ class ShownImpression:
     duration_ms: int = 20_000
     rollout: str = "r-1"
     at: float = NOW
+    release: str = ""  # by default the arm's
 
     @property
     def exposed_arm(self) -> ArmKey:
-        return ArmKey(self.rollout, self.arm, RELEASES[self.arm])
+        return ArmKey(self.rollout, self.arm, self.release or RELEASES[self.arm])
 
     @property
     def token(self) -> str:
         return SIGNER.sign(
             ImpressionToken(
-                self.id, 1, self.viewer, 5, 0, RELEASES[self.arm], self.arm, "ann", 0.5, self.at,
+                self.id, 1, self.viewer, 5, 0, self.exposed_arm.release, self.arm, "ann", 0.5, self.at,
                 self.rollout, self.weight, self.slices, self.duration_ms, 7, 3,
             )
         )  # fmt: skip

@@ -32,6 +32,8 @@ POLL_INTERVAL_S: Final = 0.2
 """Longest wait of one read for new takedowns, and the delay after a failed read."""
 READ_LIMIT: Final = 250
 """Records of one read. Decoding holds the interpreter's lock, for about 1 ms per read."""
+STOP_TIMEOUT_S: Final = 5.0
+"""Longest wait for the follower's thread to end."""
 READY_TIMEOUT_S: Final = 60.0
 """How long a release waits until the takedowns are read to the log's end before opening it fails."""
 
@@ -58,6 +60,7 @@ class TakedownFollower:
         self._clock = clock
         self._read_to_s = clock()  # no unread record is older, except than the follower itself
         self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
 
     def poll(self, wait_s: float = 0.0) -> int:
         """Reads new records and applies them to all tables. Returns the number of records.
@@ -102,7 +105,7 @@ class TakedownFollower:
         self._behind = False
 
     def follow(self) -> None:
-        """Polls until ``stop``."""
+        """Polls until ``stop``, and then closes the log."""
         failed = False
         while not self._stopped.is_set():
             try:
@@ -116,6 +119,7 @@ class TakedownFollower:
                 self._metrics.faults.inc()
                 self._stopped.wait(POLL_INTERVAL_S)
             self._export_age()
+        self._close_log()
 
     def _export_age(self) -> None:
         self._metrics.age.set(max(self._clock() - self._read_to_s, 0.0))
@@ -128,11 +132,15 @@ class TakedownFollower:
 
     def start(self) -> TakedownFollower:
         """Starts a thread that follows the log until the process ends or ``stop`` is called."""
-        threading.Thread(target=self.follow, name="takedowns", daemon=True).start()
+        self._thread = threading.Thread(target=self.follow, name="takedowns", daemon=True)
+        self._thread.start()
         return self
 
     def stop(self) -> None:
+        """Ends the thread, which closes the log. A read that takes longer than ``STOP_TIMEOUT_S`` ends later."""
         self._stopped.set()
+        if self._thread is not None:
+            self._thread.join(STOP_TIMEOUT_S)
 
     def hide_in(self, table: VideoTable, timeout_s: float = READY_TIMEOUT_S) -> None:
         """Hides what is taken down in a table, from now on and until the table is released.

@@ -44,7 +44,7 @@ def test_replay_reads_and_writes_an_object_store_alone(tmp_path: Path, store: fs
     command.register(app)
     arguments = [
         "features", "parity", "--run", RUN, "--log", VECTORS, "--report", REPORT,
-        "--event-log", str(streamed.run.events), "--late-after", "1e9",
+        "--events", str(streamed.run.events), "--late-after", "1e9",
     ]  # fmt: skip
     for replayed in (9, 5):
         streamed.serve(replayed)

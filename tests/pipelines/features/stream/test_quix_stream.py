@@ -12,6 +12,7 @@ import pytest
 from confluent_kafka import Producer
 from tests.support.dimensions import DIMENSIONS
 from tests.support.eventlog.kafka_broker import Broker
+from tests.support.pipelines.stream_fixtures import LoggedEvent, record_of
 from tests.support.pipelines.stream_members import (
     FINE_VIEWS,
     Members,
@@ -29,6 +30,7 @@ from reelway.pipelines.features.registry import register_features
 from reelway.pipelines.features.stream.quix_service import stream_clock
 from reelway.pipelines.features.stream.rules import VIDEO_VIEWS
 from reelway.pipelines.features.stream.service import TOPICS
+from reelway.platform.contracts.events import OutcomeType
 from reelway.platform.eventlog.feature_changelog import FeatureChangelog
 from reelway.platform.eventlog.topics import Topic, open_topic
 from reelway.platform.features.feast_store import open_feature_store
@@ -130,6 +132,36 @@ def assert_delivered(run: RunDirectory, expected: dict[RowKey, Any], until_us: i
     }  # fmt: skip
     assert {key: at for key, at in newest.items() if key in wanted and at <= until_us}.items() <= wanted.items()
     assert set(wanted) <= set(newest)
+
+
+def test_member_stores_megabytes_of_one_viewer(run: RunDirectory, broker: Broker, tmp_path: Path) -> None:
+    """30,000 likes at once: 2 MB of pending events, and 1.4 MB of impressions that may still be revised."""
+    events, viewer, impressions = create_log(broker, 1), 500, range(10**9, 10**9 + 30_000)
+    members = Members(run, events, tmp_path / "members")
+    try:
+        with ExitStack() as stack:
+            logs = {topic: stack.enter_context(closing(open_topic(events, topic))) for topic in TOPICS}
+            now_us = time.time_ns() // 1000
+            likes = [
+                LoggedEvent(impression, viewer, 1000 + impression % 60, OutcomeType.LIKE, 1.0, now_us, now_us)
+                for impression in impressions
+            ]
+            starts = range(0, len(likes), 1_000)
+            records = [record_of(likes[start : start + 1_000], start, stamped=False) for start in starts]
+            members.start("a")
+            logs[Topic.OUTCOMES].append(records)
+            until_us = time.time_ns() // 1000 - stream_clock(run, logs).behind_us + 2_000_000
+        _, values = read_rows(broker, prefix_of(events), 1, until_us, members.output)
+        histories = {
+            at_us: fields["history_videos"]
+            for (view, entity, at_us), fields in values.items()
+            if view == "viewer_history" and entity == viewer and at_us <= until_us
+        }
+        newest = [like.video for like in likes[-DIMENSIONS.history_length :]]
+        assert histories[max(histories)] == newest, members.output()
+        assert members.stop("a") == 0, members.output()
+    finally:
+        members.close()
 
 
 def test_member_ends_cleanly_at_sigterm(run: RunDirectory, events: str, tmp_path: Path) -> None:

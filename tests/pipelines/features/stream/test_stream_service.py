@@ -11,6 +11,7 @@ from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tests.support.dimensions import DIMENSIONS
 from tests.support.pipelines.event_tables import random_dataset
@@ -23,9 +24,11 @@ from reelway.pipelines.features.stream.service import StreamOptions, run_stream
 from reelway.pipelines.features.views import ViewSettings
 from reelway.platform.atomic_files import write_json
 from reelway.platform.contracts.events import OutcomeType
+from reelway.platform.contracts.feature_names import SESSION_FEATURES
 from reelway.platform.eventlog import LogRecord
 from reelway.platform.eventlog.parked_records import ParkedRecords
 from reelway.platform.eventlog.topics import Topic, open_topic
+from reelway.platform.features.assembly import assemble_viewers, columns_from_row
 from reelway.platform.features.feast_store import open_feature_store
 from reelway.platform.features.viewer_rows import ViewerRowReader
 from reelway.platform.run_directory import RunDirectory
@@ -95,3 +98,19 @@ def test_like_behind_a_tombstone_changes_the_viewers_row(run: RunDirectory) -> N
     assert parked_after_like(run, 2, 1043) == 0
     with closing(ParkedRecords(run.path / "stream" / "parked.db")) as parked:
         assert [(one.offset, one.kind) for one in parked.records()] == [(1, "empty")]
+
+
+def session_of_a_request(run: RunDirectory, viewer: int) -> list[float]:
+    """Returns the viewer's session features in a request that comes now."""
+    row = ViewerRowReader(open_feature_store(run.features)).read(viewer)
+    known = {name: value for name, value in row.items() if value is not None}
+    dense = assemble_viewers(columns_from_row(known), np.array([time.time()]), ["phone"], DIMENSIONS).viewer_dense[0]
+    return [float(dense[DIMENSIONS.viewer_dense.index(name)]) for name in SESSION_FEATURES]
+
+
+def test_likes_change_the_session_of_the_next_request(run: RunDirectory) -> None:
+    assert session_of_a_request(run, 533) == [0, 0, 0, 0]
+    parked_after_like(run, 1, 1042)
+    assert session_of_a_request(run, 533) == [1, 1, 0, 0]
+    parked_after_like(run, 2, 1043)
+    assert session_of_a_request(run, 533) == [2, 2, 0, 0]

@@ -117,10 +117,10 @@ def parity(
             "--log", help=f"Vector log of a service: a file, or a folder or URL of logs. Defaults to RUN/{LOG_FILE}."
         ),
     ] = None,
-    event_log: Annotated[
+    events: Annotated[
         str | None,
         typer.Option(
-            "--event-log",
+            "--events",
             help="Event log: a folder or kafka://host:port[,host:port][/prefix]. Defaults to RUN/events, unless RUN "
             "is an URL.",
         ),
@@ -168,7 +168,7 @@ def parity(
     Examples:
       reelway features parity --run runs/demo
       reelway features parity --run s3://reelway/runs/production --log s3://reelway/parity \\
-        --event-log kafka://kafka:9092 --report s3://reelway/releases/parity.json
+        --events kafka://kafka:9092 --report s3://reelway/releases/parity.json
     """
     import os
     import signal
@@ -181,7 +181,7 @@ def parity(
 
     options = ReplayOptions(
         vectors=log or f"{run}/{LOG_FILE}",
-        events=event_log or (None if "://" in run else f"{run}/events"),
+        events=events or (None if "://" in run else f"{run}/events"),
         tolerance=tolerance,
         late_after_s=late_after,
     )

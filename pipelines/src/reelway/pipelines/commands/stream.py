@@ -22,11 +22,11 @@ def stream(
     run: Path = typer.Option(Path("runs/default"), "--run", help="Run directory whose features are updated."),
     events: str = typer.Option(
         "",
-        "--event-log",
+        "--events",
         help="Event log: a folder, kafka://host:port or kafka://host:port/prefix. Defaults to RUN/events.",
     ),
     overlay: str = typer.Option(
-        "", "--changelog", help="Changelog for video features to write: a path or fsspec URL. Defaults to RUN/overlay."
+        "", "--overlay", help="Overlay with the changelog to write: a path or fsspec URL. Defaults to RUN/overlay."
     ),
     metrics_port: int | None = typer.Option(
         None, min=1, max=65535, help="Port of the Prometheus metrics. By default no metrics are served."
@@ -47,7 +47,7 @@ def stream(
     \b
     Examples:
       reelway stream --run runs/demo
-      reelway stream --run runs/production --event-log kafka://kafka:9092 --changelog s3://features/overlay
+      reelway stream --run runs/production --events kafka://kafka:9092 --overlay s3://features/overlay
     """
     if context.invoked_subcommand:
         return

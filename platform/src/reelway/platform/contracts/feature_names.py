@@ -78,9 +78,11 @@ VIEWER_SERVICE: Final = "viewer_row_v1"
 
 # Model inputs are raw values. Logarithms, scaling and the handling of missing values are inside the models, so an
 # exported graph carries them and they are defined once.
+SESSION_FEATURES: Final = ("session_position", "session_watched_10m", "session_skipped_10m", "session_trend")
+"""Computed on demand from the viewer's history by ``platform.features.on_demand.session_features``."""
 VIEWER_CONTEXT: Final = (
     "hour_sin", "hour_cos", "weekday_sin", "weekday_cos", "account_age_d",
-    "hours_since_last_activity",
+    "hours_since_last_activity", *SESSION_FEATURES,
 )  # fmt: skip
 """Last columns of ``viewer_dense``; all of them depend on the time of the request."""
 VIEWER_CATEGORIES: Final = ("region", "language", "segment", "device")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -21,16 +20,13 @@ from reelway.platform.eventlog.catalogue_events import (
     topic_of,
 )
 from reelway.platform.eventlog.event_log import EventLog, Offsets, StoredRecord
+from reelway.platform.eventlog.retained_records import WAIT_S, batches_until
 from reelway.platform.eventlog.topics import Topic, open_topic
 
 log = logging.getLogger(__name__)
 
 READ_LIMIT: Final = 2_000
 """Records of one read."""
-WAIT_S: Final = 1.0
-"""How long a read waits for records that the log has according to its end."""
-MAX_EMPTY_READS: Final = 10
-"""Reads without a record, one after the other, before the log's end. Kafka has them while a leader is elected."""
 _CHUNK: Final = 1_000
 Decoder = Callable[
     [Sequence[StoredRecord]], tuple[Sequence[VideoUpsert | None], int] | tuple[Sequence[StatusChange | None], int]
@@ -75,23 +71,9 @@ class CataloguePublisher:
         """
         state = TakedownState()
         topic_log = self._logs[Topic.TAKEDOWNS]
-        position: Offsets = {}
-        end = topic_log.end_offsets()
-        started_us = time.time_ns() // 1000
-        empty_reads = 0
-        while not is_at(position, end):
-            read = topic_log.read(position, limit=READ_LIMIT, wait_s=WAIT_S)
-            position = read.next_offsets
+        for read in batches_until(topic_log, {}, topic_log.end_offsets(), limit=READ_LIMIT):
             changes, _ = decode_status_changes(read.records)
             state.apply(change for change in changes if change is not None)
-            if not read.records and read.watermark_us >= started_us:
-                break  # the last records before the end were deleted
-            empty_reads = 0 if read.records else empty_reads + 1
-            if empty_reads >= MAX_EMPTY_READS:
-                raise StorageError(
-                    f"event log {topic_log.name}: ends at {dict(end)}, but nothing can be read after {dict(position)}; "
-                    "check the event log"
-                )
         return state
 
     def end_offsets(self) -> dict[Topic, Offsets]:

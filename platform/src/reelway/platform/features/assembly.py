@@ -196,6 +196,8 @@ def assemble_viewers(
     times_BL = _latest(columns.get("history_times_s"), rows, length, np.nan)
     age_BL = np.maximum(request_time_s[:, None] - times_BL, 0.0) / 3600.0
     context["hours_since_last_activity"] = age_BL[:, -1]  # NaN without a history
+    weights_BL = _latest(columns.get("history_weights"), rows, length, 0.0)
+    context |= on_demand.session_features(request_time_s, times_BL, weights_BL)
     dense = np.column_stack(
         [
             *(_floats(columns, name, rows) for name in names.VIEWER_ACTIVITY),
@@ -206,12 +208,11 @@ def assemble_viewers(
     buckets = dimensions.category_buckets
     codes = [_category_codes(columns, name, rows, buckets) for name in names.VIEWER_CATEGORIES[:-1]]
     videos_BL = _checked(_latest(columns.get("history_videos"), rows, length, MISSING_ID), "history_videos", MAX_ID)
-    weights_BL = _latest(columns.get("history_weights"), rows, length, 0.0).astype(np.float32)
     return ViewerArrays(
         viewer_dense=dense,
         viewer_categories=np.column_stack([*codes, category_codes(device, buckets)]),
         history_codes=id_codes(videos_BL, dimensions.id_buckets),
-        history_weights=weights_BL,
+        history_weights=weights_BL.astype(np.float32),
         history_age_h=np.nan_to_num(age_BL, nan=0.0).astype(np.float32),
     )
 

@@ -58,6 +58,8 @@ UNREADABLE: Final = "reelway_outcomes_unreadable_records_total"
 """Exported by the outcome collector; label ``source``: a topic. Records that were skipped. Reset at a start."""
 LATE_SLATES: Final = "reelway_outcomes_late_slates_total"
 """Exported by the outcome collector: slates of rollouts that were logged too late to be counted. Reset at a start."""
+DROPPED_ARMS: Final = "reelway_outcomes_dropped_arms_total"
+"""Exported by the outcome collector: arms that are not counted any more, as too many others exist. Reset at a start."""
 
 OUTCOME_METRICS: Final = (
     "long_watch_rate", "watch_s_per_impression", "like_rate", "share_rate", "save_rate", "follow_rate",

@@ -70,6 +70,11 @@ class _SnapshotCollector(Collector):
             value=self._snapshot.late_slates,
         )
         yield CounterMetricFamily(
+            metric_names.DROPPED_ARMS,
+            "Arms of rollouts that are no longer counted, because too many others exist.",
+            value=self._snapshot.dropped_arms,
+        )
+        yield CounterMetricFamily(
             metric_names.COLLECTOR_FAULTS,
             "Reads of the event log, or transactions of the sums, that failed.",
             value=self._faults,

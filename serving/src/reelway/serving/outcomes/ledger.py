@@ -27,6 +27,7 @@ from reelway.platform.rollout.metric_names import RECEIVED_OUTCOMES
 from reelway.serving.outcomes.exposures import ArmKey
 from reelway.serving.outcomes.log_rows import LONG_WATCH, METRIC_OF_KIND, ExposureRows, OutcomeRows
 from reelway.serving.outcomes.outcome_store import (
+    MAX_ARMS,
     ArmRow,
     OutcomeStore,
     ReceivedKey,
@@ -45,6 +46,8 @@ CLEANUP_SLACK_S: Final = 3600
 """Extra retention in seconds, for clocks of different machines."""
 EXPOSURE_HORIZON_S: Final = 3600
 """A slate that reaches the log later than this after it was shown is not counted. Routers give up after a minute."""
+MAX_LIVE_ARMS: Final = MAX_ARMS // 2
+"""With one more arm, the least used arm is dropped. The other numbers are those of arms that were dropped lately."""
 RECEIVED_RETENTION_S: Final = 14 * 24 * 3600
 """A release without an outcome for this many seconds leaves the metrics."""
 
@@ -56,6 +59,7 @@ class Snapshot:
     sums: Mapping[ArmKey, NDArray[np.float64]]
     received: Mapping[ReceivedKey, int]
     late_slates: int  # since the start of the process
+    dropped_arms: int  # since the start of the process
 
 
 class Ledger:
@@ -69,6 +73,7 @@ class Ledger:
         self._store = store
         self._keep = keep_rollouts
         self._late_slates = 0
+        self._dropped_arms = 0
         self._stale = True
         with self._changing():
             pass
@@ -82,10 +87,11 @@ class Ledger:
                 self._arms = self._store.arms()
                 self._received: Counter[ReceivedKey] = Counter(self._store.received())
             self._stale = True
+            self._dropped_numbers: set[int] = set()
             yield
         self._stale = False
         sums = {arm: known.sums for arm, known in self._arms.items()}
-        self.snapshot = Snapshot(sums, dict(self._received), self._late_slates)
+        self.snapshot = Snapshot(sums, dict(self._received), self._late_slates, self._dropped_arms)
 
     def apply(
         self,
@@ -211,11 +217,13 @@ class Ledger:
     def _update_totals(self, parts: Sequence[TotalsDelta]) -> None:
         """Adds all rows of a transaction to viewer totals and arm sums."""
         additions = TotalsDelta.joined(parts)
+        by_id = {arm.id: arm for arm in self._arms.values()}
+        live = np.isin(arm_ids_of(additions.key), list(by_id))
+        additions = additions.take(live)  # without those of arms that a later row of the transaction made drop
         key_U = np.unique(additions.key)
         arm_ids, arm_U = np.unique(arm_ids_of(key_U), return_inverse=True)
         totals, growth = apply_delta(self._store.read_viewers(key_U), additions, key_U, arm_U, len(arm_ids))
         self._store.write_viewers(key_U, totals)
-        by_id = {arm.id: arm for arm in self._arms.values()}
         for arm_id, grown in zip(arm_ids.tolist(), growth, strict=True):
             arm = by_id[arm_id]
             arm.sums = arm.sums + grown  # a new array, because the snapshot holds the previous one
@@ -237,7 +245,12 @@ class Ledger:
     def _drop_rollout(self, rollout: str) -> None:
         self._retire(self._rollouts[rollout], rollout)
         for arm in self._arms_of(rollout):
-            self._store.drop_arm(self._arms.pop(arm))
+            self._drop_arm(arm)
+
+    def _drop_arm(self, arm: ArmKey) -> None:
+        known = self._arms.pop(arm)
+        self._dropped_numbers.add(known.id)
+        self._store.drop_arm(known)
 
     def _retire(self, known: RolloutRow, rollout: str) -> None:
         known.retired = True
@@ -247,21 +260,31 @@ class Ledger:
         return [arm for arm in self._arms if arm.rollout == rollout]
 
     def _arm_numbers(self, arms: Iterable[ArmKey], index_N: I64) -> tuple[I64, Bools]:
-        """Returns each row's arm number in the file, and whether its rollout is active. Adds new arms."""
+        """Returns each row's arm number in the file, and whether it is counted. Adds new arms of active rollouts."""
         numbers, live = [], []
         for arm in arms:
             rollout = self._rollouts.get(arm.rollout)
             active = rollout is not None and not rollout.retired
-            number = self._known_arm(arm).id if active else -1
-            numbers.append(number)
-            live.append(active)
+            known = self._known_arm(arm) if active else None
+            numbers.append(-1 if known is None else known.id)
+            live.append(known is not None)
         return np.array(numbers, np.int64)[index_N], np.array(live, bool)[index_N]
 
-    def _known_arm(self, arm: ArmKey) -> ArmRow:
-        known = self._arms.get(arm)
+    def _known_arm(self, arm: ArmKey) -> ArmRow | None:
+        """Returns the row of an arm, which may be new; None if a transaction has more new arms than numbers exist."""
+        known = self._arms.get(arm) or self._store.add_arm(arm, self._dropped_numbers)
         if known is None:
-            known = self._arms[arm] = self._store.add_arm(arm)
+            self._dropped_arms += 1
+            return None
+        self._arms[arm] = known
+        if len(self._arms) > MAX_LIVE_ARMS:
+            self._dropped_arms += 1
+            self._drop_arm(self._least_used_arm(arm.rollout))
         return known
+
+    def _least_used_arm(self, rollout: str) -> ArmKey:
+        """Returns the first arm of the rollout with the oldest last exposure, of this one only if no other has arms."""
+        return min(self._arms, key=lambda arm: (arm.rollout == rollout, self._rollouts[arm.rollout].exposed_at))
 
     def _count_received(self, columns: OutcomeRows, status_N: I64) -> None:
         code_N = (columns.arm * len(OUTCOME_TYPES) + columns.kind) * len(RECEIVED_OUTCOMES) + status_N

@@ -8,7 +8,7 @@ One process holds the file while it is open. Two processes that add to the same 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reelway.platform.contracts.events import Arm
-from reelway.platform.errors import StorageError
 from reelway.platform.eventlog import Offsets
 from reelway.platform.sqlite_file import SqliteFile, SqliteFormat
 from reelway.serving.outcomes.exposures import ArmKey
@@ -88,7 +87,6 @@ class OutcomeStore:
     """
 
     def __init__(self, path: Path, *, wait_s: float = 30.0) -> None:
-        self._path = path
         self._file = SqliteFile(path, _FORMAT, busy_timeout_s=wait_s)
         self._db = self._file.connection
 
@@ -147,16 +145,23 @@ class OutcomeStore:
     def delete_rollout(self, rollout: str) -> None:
         self._db.execute("DELETE FROM rollouts WHERE rollout = ?", (rollout,))
 
-    def add_arm(self, arm: ArmKey) -> ArmRow:
-        """Adds an arm whose sums are 0.
+    def add_arm(self, arm: ArmKey, avoid: Collection[int]) -> ArmRow | None:
+        """Adds an arm whose sums are 0. If all numbers are taken, it gets the number of a dropped arm.
 
-        Raises:
-            StorageError: if ``MAX_ARMS`` arms exist, dropped ones that still have viewers included.
+        Args:
+            avoid: numbers of dropped arms that may not be used again yet.
+
+        Returns:
+            None if all ``MAX_ARMS`` numbers are those of arms that are not dropped, or are to be avoided.
         """
-        taken = {row[0] for row in self._db.execute("SELECT id FROM arms")}
+        taken = dict(self._db.execute("SELECT id, dropped FROM arms").fetchall())
         free = next((number for number in range(MAX_ARMS) if number not in taken), None)
         if free is None:
-            raise StorageError(f"{self._path}: has {MAX_ARMS} arms, expected a few; move the file away")
+            free = next((number for number, dropped in taken.items() if dropped and number not in avoid), None)
+            if free is None:
+                return None
+            self._db.execute("DELETE FROM viewers WHERE id BETWEEN ? AND ?", _viewer_range(free))
+            self._db.execute("DELETE FROM arms WHERE id = ?", (free,))
         sums = np.zeros((len(SLICES), SUMS_PER_ARM))
         self._db.execute(
             "INSERT INTO arms (id, rollout, arm, release, sums) VALUES (?, ?, ?, ?, ?)",
@@ -233,8 +238,7 @@ class OutcomeStore:
             (slates_before_hour, limit),
         ).rowcount
         for (number,) in self._db.execute("SELECT id FROM arms WHERE dropped").fetchall():
-            first = number << _ARM_SHIFT
-            span = (first, first + (1 << _ARM_SHIFT) - 1, limit)
+            span = (*_viewer_range(number), limit)
             viewers = self._db.execute(
                 "DELETE FROM viewers WHERE id IN (SELECT id FROM viewers WHERE id BETWEEN ? AND ? LIMIT ?)", span
             ).rowcount
@@ -243,6 +247,12 @@ class OutcomeStore:
                 self._db.execute("DELETE FROM arms WHERE id = ?", (number,))
         self._db.execute("DELETE FROM received WHERE at < ?", (received_before,))
         return deleted
+
+
+def _viewer_range(arm_id: int) -> tuple[int, int]:
+    """First and last row id of an arm's viewers."""
+    first = arm_id << _ARM_SHIFT
+    return first, first + (1 << _ARM_SHIFT) - 1
 
 
 def viewer_keys(arm_ids: NDArray[np.int64], viewer_ids: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -52,6 +52,9 @@ class TotalsDelta:
     def joined(cls, parts: Sequence[TotalsDelta]) -> TotalsDelta:
         return cls(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
+    def take(self, rows: NDArray[np.bool_]) -> TotalsDelta:
+        return TotalsDelta(*(getattr(self, field.name)[rows] for field in fields(self)))
+
 
 @dataclass(frozen=True, slots=True)
 class ViewerTotals:

@@ -16,6 +16,7 @@ from typing import Final
 
 import numpy as np
 
+from reelway.pipelines.features.stream.keyed_store import PART_BYTES
 from reelway.pipelines.features.stream.time_buckets import LAYOUTS
 from reelway.pipelines.features.stream.viewer_task import Cells
 from reelway.platform.errors import DataError
@@ -23,6 +24,10 @@ from reelway.platform.eventlog.arrow_records import viewer_partitions
 
 PARTITIONER: Final = "consistent"
 _VERSION: Final = 1
+_HEAD_NUMBERS: Final = 2
+"""Integers before the rows of a point: the point and the number of its rows."""
+_RECORD_NUMBERS: Final = PART_BYTES // 8 - 3
+"""Integers of a record after its version, source and progress."""
 
 
 @cache
@@ -42,13 +47,40 @@ def split_cells(cells: Sequence[Cells], partitions: int) -> Iterator[list[Cells]
         ]
 
 
-def encode_cells(source: int, settled_us: int, cells: Sequence[Cells]) -> bytes:
-    """Encodes cells of one view.
+def encode_cells(source: int, began_us: int, settled_us: int, cells: Sequence[Cells]) -> list[bytes]:
+    """Encodes cells of one view as records of at most ``PART_BYTES``.
 
     Args:
         source: partition of viewers that the cells come from.
-        settled_us: the source's progress, in the stream's time.
+        began_us: the source's progress before these cells, in the stream's time. All records but the last state it.
+        settled_us: the source's progress with these cells.
     """
+    records = list(_split_rows(cells)) or [[]]
+    progress = [began_us] * (len(records) - 1) + [settled_us]
+    return [_encode_record(source, time_us, some) for time_us, some in zip(progress, records, strict=True)]
+
+
+def _split_rows(cells: Sequence[Cells]) -> Iterator[list[Cells]]:
+    """Yields the cells in lists whose rows fit into a record."""
+    record: list[Cells] = []
+    free = _RECORD_NUMBERS
+    for some in cells:
+        start = 0
+        while start < len(some.entity):
+            rows = (free - _HEAD_NUMBERS) // (1 + some.rows.shape[1])
+            if rows < 1:
+                yield record
+                record, free = [], _RECORD_NUMBERS
+                continue
+            part = slice(start, start + rows)
+            record.append(Cells(some.view, some.point_us, some.entity[part], some.rows[part]))
+            free -= _HEAD_NUMBERS + len(record[-1].entity) * (1 + some.rows.shape[1])
+            start += rows
+    if record:
+        yield record
+
+
+def _encode_record(source: int, settled_us: int, cells: Sequence[Cells]) -> bytes:
     parts = [np.array([_VERSION, source, settled_us], dtype=np.int64)]
     for some in cells:
         parts.append(np.array([some.point_us, len(some.entity)], dtype=np.int64))

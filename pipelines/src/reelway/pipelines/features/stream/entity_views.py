@@ -12,7 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from reelway.pipelines.features.stream.due_times import NEVER_US, due_and_next, expiry_us
-from reelway.pipelines.features.stream.keyed_store import KeyedStore, TimedLists
+from reelway.pipelines.features.stream.keyed_store import KeyedStore, LargeValues, TimedBytes
 from reelway.pipelines.features.stream.open_impressions import HORIZON_US
 from reelway.pipelines.features.stream.rules import StreamRules
 from reelway.pipelines.features.stream.time_buckets import (
@@ -60,9 +60,9 @@ class EntityView:
     def __init__(self, store: KeyedStore, view: str, rules: StreamRules) -> None:
         self.view, self.rules = view, rules
         self.schedule = rules.schedules[view]
-        self._store = store
+        self._entities = LargeValues(store, view)
         self._width = len(LAYOUTS[view].columns)
-        self._due = TimedLists(store, f"{view}.due")
+        self._due = TimedBytes(store, f"{view}.due")
         self._due_grid_us = rules.due_grid_us(view)
 
     def add(self, entity: I64, rows: I64, due_us: int) -> I64:
@@ -86,8 +86,8 @@ class EntityView:
         """Computes the rows due at ``at_us``: those of the touched entities and of entities without new events."""
         ids = touched
         if at_us % self._due_grid_us == 0:
-            lists = [np.frombuffer(found, dtype=np.int64) for found in self._due.pop(at_us)]
-            ids = np.unique(np.concatenate([touched, *lists]))
+            due = np.frombuffer(self._due.pop(np.array([at_us], dtype=np.int64)), dtype=np.int64)
+            ids = np.unique(np.concatenate([touched, due]))
         return [
             rows
             for start in range(0, len(ids), ENTITY_CHUNK)
@@ -109,7 +109,7 @@ class EntityView:
             emitted.append(EmittedRows(self.view, self.expired_rows(ids[over], at_us)))
         owner, rows = self.prune(entities, at_us)
         deletable = over & (next_us == NEVER_US) & ~np.isin(np.arange(len(ids)), owner)
-        self._store.delete_many(self.view, ids[deletable])
+        self._entities.delete_many(ids[deletable])
         due_us = np.minimum(next_us, np.where(over, NEVER_US, expires))
         kept = Entities(ids, owner, rows, np.where(over, -NEVER_US, last_us), due_us)
         self.save(kept if not deletable.any() else _without(kept, deletable), None)
@@ -151,7 +151,7 @@ class EntityView:
 
     def load(self, ids: I64) -> Entities:
         """Returns the entities with these ids (ascending, once each), known or not."""
-        found = self._store.get_many(self.view, ids)
+        found = self._entities.get_many(ids)
         size_E = np.array([len(value) // 8 if value else 0 for value in found], dtype=np.int64)
         flat = np.frombuffer(b"".join(value for value in found if value), dtype=np.int64)
         known = size_E > 0
@@ -172,7 +172,7 @@ class EntityView:
         for index, end in enumerate(ends):
             values.append(heads[16 * index : 16 * index + 16] + raw[start * width : end * width])
             start = end
-        self._store.put_many(self.view, entities.ids, values)
+        self._entities.put_many(entities.ids, values)
         changed = entities.due_us != NEVER_US
         if due_before_us is not None:
             changed &= entities.due_us != due_before_us
@@ -180,8 +180,8 @@ class EntityView:
         point_us = -(-entities.due_us[changed] // self._due_grid_us) * self._due_grid_us
         order = np.argsort(point_us, kind="stable")
         points, first = np.unique(point_us[order], return_index=True)
-        for point, some in zip(points.tolist(), np.split(ids[order], first[1:]), strict=False):
-            self._due.append(point, some.tobytes())
+        if len(points):
+            self._due.append(points, [some.tobytes() for some in np.split(ids[order], first[1:])])
 
 
 def _without(entities: Entities, dropped: NDArray[np.bool_]) -> Entities:

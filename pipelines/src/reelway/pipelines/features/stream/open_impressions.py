@@ -17,7 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from reelway.pipelines.features.labels import label_impressions
-from reelway.pipelines.features.stream.keyed_store import KeyedStore, TimedLists
+from reelway.pipelines.features.stream.keyed_store import KeyedStore, TimedBytes
 from reelway.pipelines.features.stream.viewer_events import EXPOSURE, ViewerEvents
 from reelway.pipelines.features.views import AFTER_US, HOUR_US, Events
 from reelway.pipelines.features.windows import I64
@@ -73,7 +73,7 @@ class OpenImpressionTable:
 
     def __init__(self, store: KeyedStore) -> None:
         self._store = store
-        self._hours = TimedLists(store, f"{self.TABLE}.hours")
+        self._hours = TimedBytes(store, f"{self.TABLE}.hours")
 
     def load(self, ids: I64) -> OpenImpressions:
         """Returns those of these impressions that are open. ``ids`` is ascending."""
@@ -95,13 +95,14 @@ class OpenImpressionTable:
         self._store.put_many(self.TABLE, impressions.impression_id, values)
         new = ~np.isin(impressions.impression_id, known_before)
         hours = -(-impressions.shown_us[new] // HOUR_US) * HOUR_US
-        for hour in np.unique(hours).tolist():
-            self._hours.append(hour, impressions.impression_id[new][hours == hour].tobytes())
+        ended = np.unique(hours)
+        ids = [impressions.impression_id[new][hours == hour].tobytes() for hour in ended]
+        self._hours.append(ended, ids)
 
     def close(self, hour_us: int) -> None:
         """Deletes the impressions shown in the hour that ends at ``hour_us``."""
-        for ids in self._hours.pop(hour_us):
-            self._store.delete_many(self.TABLE, np.frombuffer(ids, dtype=np.int64))
+        ids = np.frombuffer(self._hours.pop(np.array([hour_us], dtype=np.int64)), dtype=np.int64)
+        self._store.delete_many(self.TABLE, ids)
 
 
 def within_horizon(events: ViewerEvents, behind_us: int) -> NDArray[np.bool_]:

@@ -267,8 +267,8 @@ class QuixStream:
             cells = [some for some in done.cells if some.view == view]
             for partition, mine in enumerate(split_cells(cells, self._settings.partitions)):
                 key = partition_key(partition, self._settings.partitions)
-                payload = encode_cells(context.partition, done.settled_us, mine)
-                outputs.append(Output(CELL_TOPICS[view], key, payload))
+                records = encode_cells(context.partition, done.began_us, done.settled_us, mine)
+                outputs += [Output(CELL_TOPICS[view], key, payload) for payload in records]
         return outputs
 
     def _process_cells(self, view: str, value: bytes, state: State) -> list[Output]:

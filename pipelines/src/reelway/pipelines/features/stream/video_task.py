@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 
 from reelway.pipelines.features.stream.entity_views import EmittedRows, EntityView
-from reelway.pipelines.features.stream.keyed_store import KeyedStore, TimedLists, get_integers, put_integers
+from reelway.pipelines.features.stream.keyed_store import KeyedStore, TimedBytes, get_integers, put_integers
 from reelway.pipelines.features.stream.rules import StreamRules
 from reelway.pipelines.features.stream.time_buckets import LAYOUTS
 from reelway.pipelines.features.stream.viewer_task import Cells
@@ -35,7 +35,7 @@ class VideoTask:
         self.view = view
         self._store, self._sources = store, sources
         self._progress = f"{view}.progress"
-        self._later = TimedLists(store, f"{view}.later")
+        self._later = TimedBytes(store, f"{view}.later")
         self._grid_us = rules.schedules[view].grid_us
         self._width = len(LAYOUTS[view].columns)
 
@@ -62,15 +62,15 @@ class VideoTask:
                 self.entities.add(some.entity, some.rows, next_us)
             else:
                 packed = np.column_stack([some.entity, some.rows])
-                self._later.append(some.point_us, packed.tobytes())
+                self._later.append(np.array([some.point_us], dtype=np.int64), [packed.tobytes()])
         progress[1 + source] = max(int(progress[1 + source]), settled_us)
         emitted: list[EmittedRows] = []
         while next_us <= progress[1:].min():
             emitted += self.entities.emit(next_us, _NOTHING)
             next_us += self._grid_us
-            for packed_bytes in self._later.pop(next_us):
-                packed = np.frombuffer(packed_bytes, dtype=np.int64).reshape(-1, 1 + self._width)
-                self.entities.add(packed[:, 0], packed[:, 1:], next_us)
+            stored = self._later.pop(np.array([next_us], dtype=np.int64))
+            packed = np.frombuffer(stored, dtype=np.int64).reshape(-1, 1 + self._width)
+            self.entities.add(packed[:, 0], packed[:, 1:], next_us)
         progress[0] = next_us
         put_integers(self._store, self._progress, progress)
         return emitted

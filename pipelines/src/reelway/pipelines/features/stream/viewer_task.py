@@ -27,6 +27,7 @@ from reelway.pipelines.features.stream.open_impressions import (
     merge_events,
     within_horizon,
 )
+from reelway.pipelines.features.stream.pending_events import PendingEvents
 from reelway.pipelines.features.stream.rules import VIDEO_VIEWS, VIEWER_VIEWS, StreamRules
 from reelway.pipelines.features.stream.time_buckets import HISTORY, LAYOUTS, sum_rows, to_bucket_rows
 from reelway.pipelines.features.stream.viewer_events import EXPOSURE, ViewerEvents
@@ -34,7 +35,6 @@ from reelway.pipelines.features.views import AFTER_US, HOUR_US, Events
 from reelway.pipelines.features.windows import I64
 
 _SETTLED: Final = "settled"
-_PENDING: Final = "pending"
 _ONE: Final = np.zeros(1, dtype=np.int64)
 
 
@@ -50,8 +50,13 @@ class Cells:
 
 @dataclass
 class ViewerResult:
-    """What advancing a viewer task returned. ``results``: (exposures or outcomes, result) -> number."""
+    """What advancing a viewer task from one time to another returned.
 
+    Args:
+        results: (exposures or outcomes, result) -> number.
+    """
+
+    began_us: int
     settled_us: int
     rows: list[EmittedRows] = field(default_factory=list)
     cells: list[Cells] = field(default_factory=list)
@@ -66,6 +71,7 @@ class ViewerTask:
         self.rules = rules
         self._store = store
         self._open = OpenImpressionTable(store)
+        self._pending = PendingEvents(store, rules.fine_us)
         self.views = {view: EntityView(store, view, rules) for view in VIEWER_VIEWS}
 
     @property
@@ -82,9 +88,7 @@ class ViewerTask:
         if not len(events):
             return
         time_us = np.maximum(events.time_us - self.rules.behind_us, self.settled_us or 0)
-        events = ViewerEvents(**{**vars(events), "time_us": time_us})
-        (pending,) = self._store.get_many(_PENDING, _ONE)
-        self._store.put_many(_PENDING, _ONE, [(pending or b"") + events.packed()])
+        self._pending.add(ViewerEvents(**{**vars(events), "time_us": time_us}))
 
     def advance(self, complete_us: int) -> ViewerResult:
         """Applies all events up to a time and computes the rows due by then.
@@ -94,37 +98,33 @@ class ViewerTask:
         """
         began_us = self.settled_us
         assert began_us is not None, "the task has not begun"
-        result = ViewerResult(began_us)
-        if complete_us // self.rules.fine_us * self.rules.fine_us <= began_us:
+        result = ViewerResult(began_us, began_us)
+        last_us = complete_us // self.rules.fine_us * self.rules.fine_us
+        if last_us <= began_us:
             return result
-        (packed,) = self._store.get_many(_PENDING, _ONE)
-        pending = ViewerEvents.unpacked(packed or b"")
-        count = len(pending)
+        pending = self._pending.take(last_us)
         parts: list[Cells] = []
-        for until_us in self._steps(began_us, complete_us, pending.time_us):
+        for until_us in self._steps(began_us, last_us, pending.time_us):
             now = pending.time_us + AFTER_US <= until_us
             parts += self._step(until_us, pending.take(now), result)
             if now.any():
                 pending = pending.take(~now)
             result.settled_us = until_us
             result.steps += 1
-        if len(pending) != count:
-            self._store.put_many(_PENDING, _ONE, [pending.packed()])
         result.cells = sum_cells(parts)
         for hour_us in _hours(began_us, result.settled_us, self.rules.behind_us - HORIZON_US):
             self._open.close(hour_us)
         self.begin(result.settled_us)
         return result
 
-    def _steps(self, after_us: int, until_us: int, times_us: I64) -> Iterator[int]:
-        """Returns the times in ``(after_us, until_us]`` at which a row may be due, and ``until_us``."""
+    def _steps(self, after_us: int, last_us: int, times_us: I64) -> Iterator[int]:
+        """Returns the times in ``(after_us, last_us]`` at which a row may be due, and ``last_us``."""
         grid = self.rules.schedules[HISTORY].grid_us
         ends = set((-(-(times_us + AFTER_US) // grid) * grid).tolist())
         for coarse in self.rules.coarse_us:
-            ends.update(range((after_us // coarse + 1) * coarse, until_us + 1, coarse))
-        last = until_us // self.rules.fine_us * self.rules.fine_us
-        ends.add(last)
-        yield from sorted(end for end in ends if after_us < end <= last)
+            ends.update(range((after_us // coarse + 1) * coarse, last_us + 1, coarse))
+        ends.add(last_us)
+        yield from sorted(end for end in ends if after_us < end <= last_us)
 
     def _step(self, until_us: int, events: ViewerEvents, result: ViewerResult) -> list[Cells]:
         removed, added = self._apply(events, result) if len(events) else (None, None)
