@@ -173,7 +173,7 @@ class LiveParts:
         self._overlay_writer = self._stack.enter_context(closing(OverlayWriter(options, metrics, clock)))
         self._videos = world.all_videos_table().sort_by("video_id")
         self._published = world.config.videos
-        lists = ListWriter(run.events, overlay, options.lists_state, CollectorRegistry(), clock=clock)
+        lists = ListWriter(run.events, overlay, options.lists_state, CollectorRegistry(), clock=clock, log_clock=clock)
         self._lists = self._stack.enter_context(closing(lists))
         self.lists = loader.lists()
         self._list_follower = ListFollower(self.lists, table, overlay, release)
