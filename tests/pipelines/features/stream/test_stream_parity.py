@@ -78,7 +78,9 @@ def test_row_that_is_not_due_yet_is_no_mismatch(run: RunDirectory) -> None:
 
 def test_features_before_the_first_change_are_those_of_the_release(run: RunDirectory) -> None:
     streamed = ServedStream(run)
-    streamed.offer(FIRST_VIEWER, np.arange(10, 18, dtype=np.int32))  # no event of the log is of these videos
+    # The log's first event is of the video in row 1.
+    others = np.flatnonzero(streamed.table.creator_id.base != streamed.table.creator_id.base[1])
+    streamed.offer(FIRST_VIEWER, others.astype(np.int32))
     assert streamed.table.live.as_of_s is None
     report = streamed.replay()
     assert (report.vectors, [str(miss) for miss in report.mismatches[:3]]) == (1, [])

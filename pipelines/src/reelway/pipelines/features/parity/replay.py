@@ -208,6 +208,9 @@ class _Recomputation:
                     report.compare(view, name, f"video {one['video_id']}", vector, one[name], value)
         entity = [f"video {one}" for one in video.tolist()]
         owners = [vectors[i] for i in owner.tolist()]
+        if self._tables.clock:  # the release's own features are from before the stream
+            unstated = np.array([vector.videos_as_of_s is None for vector in owners])
+            at_us = np.where(unstated, np.minimum(at_us, self._tables.clock.began_us), at_us)
         self._check_times(report, ENGAGEMENT, events, owners, video, at_us, limit_us[owner], late_us[owner], entity)
 
     def _served_version(
