@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from reelway.pipelines.datasets.checks import CheckLimits
 from reelway.pipelines.datasets.columns import dictionary_column, earliest_by_key, float32_column, time_column
 from reelway.pipelines.datasets.id_mapping import IdMapper, read_ids
-from reelway.pipelines.datasets.source_table import SourceTable
+from reelway.pipelines.datasets.source_table import TEXT, SourceTable
 from reelway.pipelines.datasets.time_columns import read_times_us
 from reelway.platform.contracts.events import (
     CREATORS,
@@ -39,12 +39,12 @@ _FLAGS: Final = tuple(kind.value for kind in OutcomeType if kind is not OutcomeT
 _DEFAULT_DURATION_MS: Final = 30_000
 _INT, _TEXT = pa.int64(), pa.string()
 _EVENT_COLUMNS: Final[Mapping[str, pa.DataType | None]] = {
-    **dict.fromkeys(("viewer_id", "video_id", "event_time", "impression_id", "request_id"), _TEXT),
-    **dict.fromkeys(("release", "arm", "source", "device"), _TEXT),
+    **dict.fromkeys(("viewer_id", "video_id", "event_time", "impression_id", "request_id"), TEXT),
+    **dict.fromkeys(("release", "arm", "source", "device"), TEXT),
     **dict.fromkeys(("position", "propensity", "watch_ms", *_FLAGS)),
 }
 _VIDEO_COLUMNS: Final[Mapping[str, pa.DataType | None]] = {
-    **dict.fromkeys(("video_id", "creator_id", "uploaded_at", "language", "title"), _TEXT),
+    **dict.fromkeys(("video_id", "creator_id", "uploaded_at", "language", "title"), TEXT),
     **dict.fromkeys(("duration_ms", "topic", "visual", "audio", "text")),
 }
 _LIMITS: Final = CheckLimits()

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from reelway.pipelines.datasets.source_table import SourceTable
+from reelway.pipelines.datasets.source_table import TEXT, SourceTable
 from reelway.platform.contracts.ids import MAX_ID
 from reelway.platform.errors import MalformedFileError
 
@@ -28,7 +28,7 @@ ID_MAP: Final = pa.schema(
         pa.field("id", pa.int64(), nullable=False),
     ]
 )
-_INT, _TEXT = pa.int64(), pa.string()
+_INT = pa.int64()
 _INTEGER: Final = r"^(0|[1-9][0-9]{0,15})$"
 _EXACT_BELOW: Final = {pa.float16(): 2.0**11, pa.float32(): 2.0**24, pa.float64(): 2.0**53}
 
@@ -47,7 +47,7 @@ class IdMapper:
         """
         if all(_is_contract_id_column(column) for column in columns):
             return [column.cast(_INT).to_numpy(zero_copy_only=False) for column in columns]
-        texts = [column.cast(_TEXT) for column in columns]
+        texts = [column.cast(TEXT) for column in columns]
         known = pc.unique(pa.concat_arrays(texts))
         if _are_contract_ids(known):
             return [text.cast(_INT).to_numpy(zero_copy_only=False) for text in texts]
@@ -57,7 +57,7 @@ class IdMapper:
     def table(self) -> pa.Table:
         """Returns all numbered ids in the schema ``ID_MAP``."""
         parts = [
-            pa.table({"kind": pa.array([kind] * len(known), _TEXT), "original": known,
+            pa.table({"kind": [kind] * len(known), "original": known.cast(pa.string()),
                       "id": pa.array(np.arange(len(known)))}, schema=ID_MAP)
             for kind, known in sorted(self._known.items())
         ]  # fmt: skip
@@ -79,11 +79,11 @@ def read_ids(source: SourceTable, name: str, *, missing: str | None = None) -> p
     if missing is None:
         array = source.require(name)
         ids = _distinguished(source, name, array)
-        if pa.types.is_string(ids.type):
+        if ids.type == TEXT:
             source.raise_if_any(name, pc.equal(ids, ""), array, "a value")
         return ids
     ids = _distinguished(source, name, source.get(name))
-    return pc.fill_null(ids.cast(_TEXT), missing) if ids.null_count else ids
+    return pc.fill_null(ids.cast(TEXT), missing) if ids.null_count else ids
 
 
 def _distinguished(source: SourceTable, name: str, array: pa.Array) -> pa.Array:
@@ -118,11 +118,12 @@ def _texts(source: SourceTable, name: str, array: pa.Array) -> pa.Array:
         return _texts(source, name, storage)
     if pa.types.is_fixed_size_binary(kind):
         return _each_distinct(array, bytes.hex)
-    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind):
+    if pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind):
+        octets = array.cast(pa.large_binary())
         try:
-            return array.cast(pa.binary()).cast(_TEXT)
+            return octets.cast(TEXT)
         except pa.ArrowInvalid:
-            return _each_distinct(array.cast(pa.binary()), bytes.hex)
+            return _each_distinct(octets, bytes.hex)
     if pa.types.is_nested(kind):
         raise MalformedFileError(source.path, "ids as integers, text or bytes", seen=f"type {kind}", column=name)
     return source.text(name, array)
@@ -130,7 +131,7 @@ def _texts(source: SourceTable, name: str, array: pa.Array) -> pa.Array:
 
 def _each_distinct(array: pa.Array, text_of: Callable[[bytes], str]) -> pa.Array:
     encoded = array.dictionary_encode()
-    texts = pa.array([text_of(value) for value in encoded.dictionary.to_pylist()], _TEXT)
+    texts = pa.array([text_of(value) for value in encoded.dictionary.to_pylist()], TEXT)
     return texts.take(encoded.indices)
 
 

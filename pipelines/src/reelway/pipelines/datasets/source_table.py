@@ -22,6 +22,9 @@ from reelway.pipelines.datasets.delimited import first_uncastable, line_of_recor
 from reelway.platform.errors import EmptyDatasetError, MalformedFileError
 
 SUFFIXES: Final = (".parquet", ".csv")
+TEXT: Final = pa.large_string()
+"""Type of text: a column of ``pa.string()`` holds at most 2 GiB, about 100 million times."""
+_WIDER: Final = {pa.string(): TEXT, pa.binary(): pa.large_binary()}
 _FAILURES: Final = (OSError, pa.ArrowException)
 
 
@@ -85,8 +88,10 @@ class SourceTable:
         """Returns a column as one array, or None if there is no such column."""
         if name not in self.table.column_names:
             return None
-        chunks = self.table[name].chunks
-        array = pa.concat_arrays(chunks) if chunks else pa.array([], self.table[name].type)
+        column = self.table[name]
+        if wider := _WIDER.get(column.type):
+            column = column.cast(wider)
+        array = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
         if pa.types.is_dictionary(array.type):
             return array.dictionary_decode()
         return pc.run_end_decode(array) if pa.types.is_run_end_encoded(array.type) else array
@@ -109,7 +114,7 @@ class SourceTable:
         Raises:
             MalformedFileError: if a value is not UTF-8, or the column's type has no text form.
         """
-        return self.cast(name, array, pa.string(), "UTF-8 text")
+        return self.cast(name, array, TEXT, "UTF-8 text")
 
     def cast(self, name: str, array: pa.Array, kind: pa.DataType, expected: str) -> pa.Array:
         """Casts a column without loss.
@@ -208,13 +213,13 @@ def _read_csv(path: Path, columns: Mapping[str, pa.DataType | None]) -> pa.Table
     try:
         return _parse_csv(path, selected, types)
     except pa.ArrowInvalid:
-        texts = [name for name, kind in types.items() if pa.types.is_string(kind)]
-        raw = _parse_csv(path, texts, dict.fromkeys(texts, pa.binary()))
+        texts = [name for name, kind in types.items() if kind == TEXT]
+        raw = _parse_csv(path, texts, dict.fromkeys(texts, pa.large_binary()))
         for name in texts:
             try:
-                raw[name].cast(pa.string())
+                raw[name].cast(TEXT)
             except pa.ArrowInvalid:
-                record = first_uncastable(raw[name], pa.string())
+                record = first_uncastable(raw[name], TEXT)
                 row = line_of_record(path.read_bytes(), record + 1, delimiter=",", quoted=True)
                 seen = raw[name][record].as_py()
                 raise MalformedFileError(path, "UTF-8 text", seen=seen, row=row, column=name) from None

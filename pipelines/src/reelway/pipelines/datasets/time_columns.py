@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from reelway.pipelines.datasets.delimited import first_uncastable
-from reelway.pipelines.datasets.source_table import SourceTable
+from reelway.pipelines.datasets.source_table import TEXT, SourceTable
 
 I64 = NDArray[np.int64]
 
@@ -74,10 +74,10 @@ def _from_text(source: SourceTable, name: str, text: pa.Array) -> I64:
     parts = pc.extract_regex(text, _PARTS)
     source.raise_if_any(name, pc.and_not(text.is_valid(), parts.is_valid()), text, EXPECTED)
     date, time, fraction, sign, hours, minutes = (
-        pc.if_else(pc.equal(part, ""), pa.scalar(None, pa.string()), part)
+        pc.if_else(pc.equal(part, ""), pa.scalar(None, TEXT), part)
         for part in (pc.struct_field(parts, i) for i in range(6))
     )
-    clock = pc.binary_join_element_wise(date, pc.fill_null(time, "00:00"), "T")
+    clock = pc.binary_join_element_wise(date, pc.fill_null(time, "00:00"), pa.scalar("T", TEXT))
     try:
         whole = clock.cast(pa.timestamp("s"))
     except pa.ArrowInvalid:
