@@ -88,7 +88,7 @@ test-quick: install ## Run only the tests that need neither Ray nor a server (ab
 	$(BIN)/python -m pytest -m "not slow and not ray and not redis and not kafka and not cluster and not e2e"
 
 .PHONY: bench
-bench: bench-simulator bench-features bench-ray-train bench-serving bench-quality bench-closed-loop bench-canary bench-rollout bench-stream bench-parity bench-live ## Run the benchmarks that need no cluster, one after another (hours), then write BENCHMARKS.md.
+bench: bench-simulator bench-features bench-ray-train bench-serving bench-quality bench-closed-loop bench-canary bench-rollout bench-stream bench-parity bench-live bench-live-loop ## Run the benchmarks that need no cluster, one after another (hours), then write BENCHMARKS.md.
 	$(MAKE) bench-report
 
 .PHONY: bench-simulator
@@ -134,6 +134,10 @@ bench-parity: install ## Replay a million served values with the stream on (minu
 .PHONY: bench-live
 bench-live: install ## Measure how soon outcomes, uploads, takedowns and trends show in slates, on real Kafka and Redis (15 minutes).
 	$(BIN)/python -m tests.benchmarks.bench_live $(BENCH_LIVE)
+
+.PHONY: bench-live-loop
+bench-live-loop: install ## Compare watch time per viewer-day of a live and a frozen service over 7 simulated days (BENCH_LIVE_LOOP: flags).
+	$(BIN)/python -m tests.benchmarks.bench_live_loop $(BENCH_LIVE_LOOP)
 
 .PHONY: bench-report
 bench-report: install ## Write BENCHMARKS.md from build/bench/*.json.

@@ -85,6 +85,12 @@ BENCHMARKS: Final = (
         "make bench-live",
     ),
     Benchmark(
+        "live_loop",
+        "Watch time per viewer-day of one release for seven days in copies of a simulated world: frozen, frozen with "
+        "memory of what was shown, and live.",
+        "make bench-live-loop",
+    ),
+    Benchmark(
         "canary",
         "Error rates and power of the rollout decision in simulated rollouts, next to the rules of other tools.",
         "make bench-canary",

@@ -8,7 +8,7 @@ from reelway.pipelines.datasets.checks import check_dataset
 from reelway.pipelines.datasets.store import Dataset
 from reelway.pipelines.features.labels import label_impressions
 from reelway.pipelines.simulation.arrivals import draw_requests
-from reelway.pipelines.simulation.config import SimulationConfig
+from reelway.pipelines.simulation.config import DAY_S, SimulationConfig
 from reelway.pipelines.simulation.logging_policy import LoggingPolicy
 from reelway.pipelines.simulation.policies import OraclePolicy, Policy, RandomPolicy, RecentPopularity
 from reelway.pipelines.simulation.satiation import ViewingHistory
@@ -47,6 +47,15 @@ def test_every_outcome_follows_its_impression() -> None:
     order = np.argsort(shown["impression_id"].to_numpy())
     shown_us = shown["event_time"].cast(pa.int64()).to_numpy()[order][outcomes["impression_id"].to_numpy()]
     assert (outcomes["event_time"].cast(pa.int64()).to_numpy() > shown_us).all()
+
+
+def test_requests_fill_the_given_span() -> None:
+    """All viewers have an account after the log, so requests come from its first hour to its last."""
+    end_s = world().end_s
+    requests = draw_requests(world(), 5_000, np.random.default_rng(0), (end_s, end_s + 2 * DAY_S))
+    hour = (requests.time_s - end_s) // 3600
+    assert len(requests.time_s) == 5_000
+    assert (hour.min(), hour.max()) == (0, 47)
 
 
 def test_traffic_has_a_daily_cycle_sessions_and_new_viewers() -> None:

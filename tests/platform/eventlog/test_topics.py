@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 from reelway.platform.errors import ConfigError
+from reelway.platform.eventlog import LogRecord
 from reelway.platform.eventlog.exposure_events import EXPOSURE_EVENT_SCHEMA, decode_exposures, encode_exposures
 from reelway.platform.eventlog.topics import Topic, open_topic, topic_address
 
@@ -52,4 +53,12 @@ def test_exposures_round_trip_through_a_local_topic(tmp_path: Path) -> None:
     log.append(list(encode_exposures(batch, log.partitions, log.max_record_bytes)))
     (record,) = log.read({}, limit=10).records
     assert decode_exposures(record.payload).to_pylist() == batch.to_pylist()
+    log.close()
+
+
+@pytest.mark.parametrize("topic", [Topic.EXPOSURES, Topic.CATALOGUE])
+def test_local_topic_takes_times_from_the_clock(tmp_path: Path, topic: Topic) -> None:
+    log = open_topic(tmp_path / "events", topic, lambda: 1_000.5)
+    log.append([LogRecord("a", 0, b"x")])
+    assert log.read({}, limit=10).records[0].time_us == 1_000_500_000
     log.close()

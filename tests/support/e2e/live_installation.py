@@ -64,7 +64,7 @@ class LiveInstallation:
     """First id of viewers that no scene has used yet."""
     taken_down: list[int] = field(default_factory=list)
     """Videos that an earlier test took down."""
-    counted: tuple[int, int] = (0, 0)
+    counted_of_canary: tuple[int, int] | None = None
     """Impressions and outcomes of the rollout of an earlier test."""
 
     @property

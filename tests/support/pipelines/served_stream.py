@@ -110,6 +110,7 @@ class ServedStream:
         self.outcomes_per_hour, self.next_record = outcomes_per_hour, 0
         ended_s = materialised_at_s(run.features)
         assert ended_s is not None
+        self.ended_s = ended_s
         self.clock_us = round(ended_s * SECOND_US) + DATASET_AGE_US
         self.logs = open_logs(run.events, lambda: self.clock_us / 1e6)
         seen: dict[Topic, EventLog] = {**open_logs(run.events, lambda: (self.clock_us + stream_ahead_us) / 1e6)}
@@ -140,7 +141,7 @@ class ServedStream:
         self.start_stream()
 
     def _open_release(self) -> None:
-        snapshot = video_snapshot(self.run.features, self.stream.settled_us / 1e6)
+        snapshot = video_snapshot(self.run.features, self.ended_s)
         path = self.run.path / "videos.arrow"
         arrays = assemble_videos(columns_from_table(snapshot), np.zeros(snapshot.num_rows), DIMENSIONS)
         embeddings = np.eye(1, 4, dtype=np.float32).repeat(snapshot.num_rows, axis=0)

@@ -36,7 +36,7 @@ def make_trained_run(path: Path, *, requests: int = 300, gates: list[dict[str, A
     tables = random_dataset(requests=requests)
     write_dataset(run.dataset, tables)
     write_features(run, tables, DIMENSIONS)
-    _write_models(run.models)
+    write_random_models(run.models)
     write_evaluation(run, gates=gates)
     for step in ("features", "train", "evaluate"):
         with run.step(step, config={"purpose": "tests"}):
@@ -69,7 +69,8 @@ def write_features(run: RunDirectory, tables: dict[str, pa.Table], dimensions: F
     register_features(run.features, dimensions)
 
 
-def _write_models(folder: Path) -> None:
+def write_random_models(folder: Path) -> None:
+    """Writes untrained models of the smallest kinds."""
     torch.manual_seed(0)
     two_tower, ranker = (
         TwoTower(TwoTowerConfig(dim=DIM), DIMENSIONS),

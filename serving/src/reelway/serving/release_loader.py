@@ -6,6 +6,8 @@ served at all.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -84,6 +86,7 @@ class ReleaseLoader:
         overlay: folder or URL of the overlay that the video table follows; None: the table stays as it was built.
         takedowns: hides what is taken down in the video table; None: nothing is hidden. The first use of the table
             waits until the takedowns are read, and raises ``StorageError`` if they cannot be read.
+        clock: Unix seconds; the age of the live lists is measured by it.
 
     Every method raises ``IncompatibleReleaseError`` if a file does not have its format.
     """
@@ -92,6 +95,7 @@ class ReleaseLoader:
     threads: int = 1
     overlay: str | None = None
     takedowns: TakedownFollower | None = None
+    clock: Callable[[], float] = time.time
 
     def release_id(self) -> str:
         """Returns the full id of the release."""
@@ -117,7 +121,7 @@ class ReleaseLoader:
     @cached_property
     def _lists(self) -> CurrentLists:
         table = self.table()
-        lists = CurrentLists(open_popular_lists(self.folder, table))
+        lists = CurrentLists(open_popular_lists(self.folder, table), self.clock)
         if self.overlay:
             start_list_follower(lists, table, self.overlay, self.release_id())
         return lists

@@ -25,6 +25,7 @@ from tests.support.pipelines.served_stream import (
 from tests.support.pipelines.stream_fixtures import catalogue
 
 from reelway.pipelines.features import views
+from reelway.pipelines.features.materialisation import materialise, materialised_at_s
 from reelway.platform.contracts.events import OutcomeType
 from reelway.platform.errors import ParityError
 from reelway.platform.eventlog import StoredRecord
@@ -56,6 +57,33 @@ def test_served_values_equal_the_values_recomputed_from_the_log(run: RunDirector
     assert [str(miss) for miss in report.mismatches[:3]] == []
     assert report.vectors == served
     assert report.values > 9_000
+
+
+def test_row_that_is_not_due_yet_is_no_mismatch(run: RunDirectory) -> None:
+    """The store is filled up to hours after the data set's last event, and the stream's time begins at that event."""
+    ended_s = materialised_at_s(run.features)
+    assert ended_s is not None
+    materialise(run.features, ended_s + 3 * 3600)
+    streamed = ServedStream(run)
+    new_viewer = 10**6
+    streamed.append(*(event(9_000 + i, new_viewer, FIRST_VIDEO + i, None, streamed.clock_us) for i in range(8)))
+    streamed.clock_us += 5 * SECOND_US
+    streamed.run_stream()
+    streamed.overlay.poll()
+    streamed.offer(new_viewer, np.arange(8, dtype=np.int32))
+    assert streamed.rows.read(new_viewer)["impressions_1d"] is None
+    report = streamed.replay()
+    assert (report.vectors, [str(miss) for miss in report.mismatches[:3]]) == (1, [])
+
+
+def test_features_before_the_first_change_are_those_of_the_release(run: RunDirectory) -> None:
+    streamed = ServedStream(run)
+    # The log's first event is of the video in row 1.
+    others = np.flatnonzero(streamed.table.creator_id.base != streamed.table.creator_id.base[1])
+    streamed.offer(FIRST_VIEWER, others.astype(np.int32))
+    assert streamed.table.live.as_of_s is None
+    report = streamed.replay()
+    assert (report.vectors, [str(miss) for miss in report.mismatches[:3]]) == (1, [])
 
 
 def test_replay_takes_only_new_vectors(run: RunDirectory) -> None:

@@ -37,33 +37,40 @@ def daily_cycle(local_hour: F64) -> F64:
     return 0.15 + 0.85 * (0.5 - 0.5 * np.cos((local_hour - 4.0) / 24.0 * 2 * np.pi)) ** 1.3
 
 
-def draw_requests(world: World, count: int, rng: np.random.Generator) -> Requests:
-    """Draws exactly ``count`` requests within the log, grouped into sessions."""
-    viewer, start_s = _sessions(world, int(count / _REQUESTS_PER_SESSION * 1.15) + 8, rng)
+def draw_requests(
+    world: World, count: int, rng: np.random.Generator, span_s: tuple[float, float] | None = None
+) -> Requests:
+    """Draws exactly ``count`` requests, grouped into sessions.
+
+    Args:
+        span_s: start and end of the requests in Unix seconds; None: those of the log.
+    """
+    span_s = span_s or (world.config.start_s, world.config.end_s)
+    viewer, start_s = _sessions(world, int(count / _REQUESTS_PER_SESSION * 1.15) + 8, rng, span_s)
     parts: list[tuple[I64, F64, I64]] = []
     have = 0
     while True:
-        parts.append(_session_requests(world, viewer, start_s, rng))
+        parts.append(_session_requests(viewer, start_s, rng, span_s[1]))
         have += len(parts[-1][0])
         if have >= count:
             break
-        viewer, start_s = _sessions(world, int((count - have) / _REQUESTS_PER_SESSION * 1.3) + 8, rng)
+        viewer, start_s = _sessions(world, int((count - have) / _REQUESTS_PER_SESSION * 1.3) + 8, rng, span_s)
     viewers, time_s, device = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     keep = rng.permutation(have)[:count]
     order = keep[np.lexsort((viewers[keep], time_s[keep]))]
     return Requests(viewers[order], time_s[order], device[order])
 
 
-def _sessions(world: World, count: int, rng: np.random.Generator) -> tuple[I64, F64]:
-    """Draws viewer ids and session start times, uniform over the part of the log in which the viewer has an account."""
-    config, viewers = world.config, world.viewers
-    from_s = np.maximum(viewers.created_s, config.start_s)
-    weight = np.cumsum(viewers.activity * (config.end_s - from_s))
+def _sessions(world: World, count: int, rng: np.random.Generator, span_s: tuple[float, float]) -> tuple[I64, F64]:
+    """Draws viewer ids and session starts, uniform over the part of the span in which the viewer has an account."""
+    viewers, (start_s, end_s) = world.viewers, span_s
+    from_s = np.maximum(viewers.created_s, start_s)
+    weight = np.cumsum(viewers.activity * (end_s - from_s))
     drawn_viewers, starts_s, drawn = [], [], 0
     while drawn < count:
         tries = int(2.2 * (count - drawn)) + 16
         viewer = np.searchsorted(weight / weight[-1], rng.random(tries), side="right").clip(max=len(weight) - 1)
-        at_s = from_s[viewer] + rng.random(tries) * (config.end_s - from_s[viewer])
+        at_s = from_s[viewer] + rng.random(tries) * (end_s - from_s[viewer])
         local_hour = (at_s / 3600.0 + REGION_OFFSET_H[viewers.region[viewer]]) % 24.0
         weekend = ((at_s / DAY_S + 3) % 7 >= 5) * 0.15
         awake = rng.random(tries) < (daily_cycle(local_hour) + weekend) / 1.15
@@ -73,12 +80,12 @@ def _sessions(world: World, count: int, rng: np.random.Generator) -> tuple[I64, 
     return np.concatenate(drawn_viewers)[:count] + 1, np.concatenate(starts_s)[:count]
 
 
-def _session_requests(world: World, viewer: I64, start_s: F64, rng: np.random.Generator) -> tuple[I64, F64, I64]:
+def _session_requests(viewer: I64, start_s: F64, rng: np.random.Generator, end_s: float) -> tuple[I64, F64, I64]:
     length = rng.geometric(1.0 / _REQUESTS_PER_SESSION, len(viewer))
     session = np.repeat(np.arange(len(viewer)), length)
     step = np.arange(len(session)) - np.repeat(np.cumsum(length) - length, length)
     time_s = start_s[session] + step * _GAP_S + rng.random(len(session)) * 20.0
     time_s = np.floor(time_s * 1000.0) / 1000.0
     device = np.searchsorted(_DEVICE_SHARES, rng.random(len(viewer)))[session]
-    inside = time_s < world.config.end_s - 900.0
+    inside = time_s < end_s - 900.0
     return viewer[session][inside], time_s[inside], device[inside]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,8 +16,12 @@ SETTINGS_VARIABLE: Final = "REELWAY_KAFKA_SETTINGS"
 """Environment variable with more settings of librdkafka, such as credentials: lines of ``name=value``."""
 
 
-def open_event_log(address: str | Path) -> EventLog:
+def open_event_log(address: str | Path, clock: Callable[[], float] = time.time) -> EventLog:
     """Opens the log at an address. A missing SQLite file is created; a missing topic is not.
+
+    Args:
+        address: see the module docstring.
+        clock: Unix seconds, from which the records of a SQLite file get their times.
 
     Raises:
         ConfigError: if the address or a setting is invalid.
@@ -27,7 +33,7 @@ def open_event_log(address: str | Path) -> EventLog:
             raise ConfigError(f"event log {text!r}: expected a path or kafka://host:port/topic")
         from reelway.platform.eventlog.sqlite_log import SqliteLog
 
-        return SqliteLog(Path(text))
+        return SqliteLog(Path(text), clock=clock)
     servers, _, topic = text.removeprefix(KAFKA).partition("/")
     if not servers or not topic or "/" in topic:
         raise ConfigError(f"event log {text!r}: expected kafka://host:port[,host:port]/topic")

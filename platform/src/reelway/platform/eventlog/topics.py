@@ -6,6 +6,8 @@ The address of an event log is a folder, whose SQLite files ``<topic>.db`` hold 
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Final
@@ -54,8 +56,13 @@ def topic_address(events: str | Path, topic: Topic) -> str:
     return f"{KAFKA}{servers}/{prefix}{topic}"
 
 
-def open_topic(events: str | Path, topic: Topic) -> EventLog:
+def open_topic(events: str | Path, topic: Topic, clock: Callable[[], float] = time.time) -> EventLog:
     """Opens a topic of an event log. A missing SQLite file is created; a missing topic of Kafka is not.
+
+    Args:
+        events: address of the event log.
+        topic: the topic.
+        clock: Unix seconds, from which the records of a SQLite file get their times. Kafka's are those of its brokers.
 
     Raises:
         ConfigError: if the address or a setting is invalid.
@@ -65,5 +72,5 @@ def open_topic(events: str | Path, topic: Topic) -> EventLog:
     if topic in COMPACTED and not address.startswith(KAFKA):
         from reelway.platform.eventlog.sqlite_log import SqliteLog
 
-        return SqliteLog(Path(address), retain_s=KEEP_ALL_S)
-    return open_event_log(address)
+        return SqliteLog(Path(address), retain_s=KEEP_ALL_S, clock=clock)
+    return open_event_log(address, clock)

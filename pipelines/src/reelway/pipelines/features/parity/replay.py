@@ -192,9 +192,7 @@ class _Recomputation:
         limit_us: I64, late_us: I64,
     ) -> None:  # fmt: skip
         served = [row for vector in vectors for row in vector.videos]
-        time_us = np.array(
-            [_us(v.request_time_s if v.videos_as_of_s is None else v.videos_as_of_s) for v in vectors], np.int64
-        )
+        time_us = np.array([self._videos_time_us(vector) for vector in vectors], np.int64)
         at_us = time_us[owner]
         known = _fields_at(self._contents, "video_id", CONTENT, video, at_us).to_pylist()
         for i, one in enumerate(served):
@@ -210,6 +208,9 @@ class _Recomputation:
                     report.compare(view, name, f"video {one['video_id']}", vector, one[name], value)
         entity = [f"video {one}" for one in video.tolist()]
         owners = [vectors[i] for i in owner.tolist()]
+        if self._tables.clock:  # the release's own features are from before the stream
+            unstated = np.array([vector.videos_as_of_s is None for vector in owners])
+            at_us = np.where(unstated, np.minimum(at_us, self._tables.clock.began_us), at_us)
         self._check_times(report, ENGAGEMENT, events, owners, video, at_us, limit_us[owner], late_us[owner], entity)
 
     def _served_version(
@@ -274,9 +275,23 @@ class _Recomputation:
         return np.where(known, limit_us, -NO_ROW_US), np.where(known, late_us, NO_ROW_US)
 
     def _viewer_time_us(self, vector: ServedVector, view: str) -> int:
+        """Returns the time of the row that was served. Without a row, only the data set's events must be in it.
+
+        The store is filled up to a time that can be after the data set's last event, where the stream's time begins.
+        ``_check_times`` finds rows of the stream that are missing for long.
+        """
         stated = vector.viewer.get(AS_OF, {}).get(view)
         choices = (vector.viewer_as_of_s, stated, self._tables.materialised_at_s, vector.request_time_s)
-        return _us(next(choice for choice in choices if choice is not None))
+        time_us = _us(next(choice for choice in choices if choice is not None))
+        is_known = vector.viewer_as_of_s is not None or stated is not None
+        return time_us if is_known or self._tables.clock is None else min(time_us, self._tables.clock.began_us)
+
+    def _videos_time_us(self, vector: ServedVector) -> int:
+        """Returns the time that the videos' features describe. Before the first change, they are the release's own."""
+        if vector.videos_as_of_s is not None:
+            return _us(vector.videos_as_of_s)
+        built_s = self._tables.materialised_at_s if self._tables.clock else None
+        return _us(vector.request_time_s if built_s is None else min(built_s, vector.request_time_s))
 
     def _viewer_rows(self, view: str, events: dict[str, ViewEvents], viewer: I64, at_us: I64) -> pa.Table:
         if view == PROFILE:

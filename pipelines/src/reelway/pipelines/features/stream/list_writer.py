@@ -74,6 +74,7 @@ class ListWriter:
         state: file of the state, on a disk of this process.
         registry: registry of the metrics.
         clock: Unix seconds.
+        log_clock: clock of the log; see ``open_topic``.
 
     Raises:
         StorageError: if a topic cannot be opened or the state cannot be read.
@@ -88,6 +89,7 @@ class ListWriter:
         registry: CollectorRegistry,
         *,
         clock: Callable[[], float] = time.time,
+        log_clock: Callable[[], float] = time.time,
     ) -> None:
         self._windows = ListWindows()
         self._state = state
@@ -99,8 +101,8 @@ class ListWriter:
         self._written_s = self._saved_s = _NEVER
         self._as_of_us = self._described_us = 0
         self._metrics.age.set_function(lambda: max(self._clock() - self._described_us / 1e6, 0.0))
-        self._exposures = open_topic(events, Topic.EXPOSURES)
-        self._outcomes = open_topic(events, Topic.OUTCOMES)
+        self._exposures = open_topic(events, Topic.EXPOSURES, log_clock)
+        self._outcomes = open_topic(events, Topic.OUTCOMES, log_clock)
         self._skip_old_records()
 
     def poll(self) -> int:
