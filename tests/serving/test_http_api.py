@@ -57,7 +57,8 @@ class OneVideoService:
     async def metrics_text(self) -> bytes:
         return b"reelway_ingress_requests_total 1\n"
 
-    def record_invalid(self) -> None:
+    def record_rejected(self, kind: str) -> None:
+        assert kind == "invalid"
         self.refused += 1
 
     def shed_before_read(self) -> None:

@@ -9,13 +9,14 @@ import itertools
 import json
 import re
 import signal
+import socket
 import subprocess
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from reelway.platform.rollout.traffic.routing import ArmRoute, Routing, ShadowRo
 from reelway.platform.rollout.traffic.serve_rest import ServeRestBackend
 from reelway.platform.rollout.traffic.target import TrafficTarget
 from reelway.platform.run_directory import RunDirectory
+from reelway.serving.serve_settings import SERVE_SETTINGS, SLOW_REQUEST_S
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(300)]
 
@@ -118,6 +120,23 @@ def test_invalid_request_gets_422_with_the_field(service: Running, body: dict[st
     assert answer.status_code == 422
     assert [one["field"] for one in answer.json()["fields"]] == [field]
     assert service.metric("reelway_ingress_refused_total") == before + 1
+
+
+@pytest.mark.skipif(SERVE_SETTINGS["RAY_SERVE_ENABLE_HA_PROXY"] == "0", reason="HAProxy is not installed")
+@pytest.mark.parametrize("rest", ["", "Content-Length: 1000\r\n\r\n"], ids=["headers", "body"])
+def test_proxy_ends_a_request_that_arrives_slowly(service: Running, rest: str) -> None:
+    """One byte every 0.2 s never counts as silence; only the limit for the whole request ends it."""
+    address = httpx.URL(service.url)
+    with socket.create_connection((address.host, address.port or 80), timeout=0.2) as connection:
+        connection.sendall(f"POST /v1/recommend HTTP/1.1\r\nHost: a\r\n{rest}".encode())
+        began_s = time.monotonic()
+        response = b""
+        while not response:
+            assert time.monotonic() - began_s < 2 * SLOW_REQUEST_S
+            connection.sendall(b"x")
+            with suppress(TimeoutError):
+                response = connection.recv(4096)
+    assert response.startswith(b"HTTP/1.1 408 ")
 
 
 def test_openapi_schema_is_published(service: Running) -> None:

@@ -437,3 +437,10 @@ def test_metrics_are_answered_without_a_redirect(tmp_path: Path, path: str) -> N
         answer = client.get(path, follow_redirects=False)
     assert answer.status_code == 200
     assert "reelway_outcomes_exposure_total" in answer.text
+
+
+def test_other_methods_get_the_documented_error(tmp_path: Path) -> None:
+    collector = OutcomeCollector(tmp_path / "sums.db", lambda topic: open_topic(tmp_path / "events", topic))
+    with TestClient(build_outcomes_api(collector)) as client:
+        answer = client.post("/v1/outcomes/metrics", content=b"\xff" * 100)
+    assert (answer.status_code, answer.json()) == (405, {"error": "Method Not Allowed", "fields": []})

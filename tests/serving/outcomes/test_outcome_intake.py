@@ -305,7 +305,8 @@ def test_openapi_schema_describes_requests_and_answers(intake: Intake) -> None:
     assert post["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("OutcomesRequest")
     assert {status: body["content"]["application/json"]["schema"]["$ref"].split("/")[-1]
             for status, body in post["responses"].items()} == {
-        "200": "OutcomesResponse", "413": "ErrorResponse", "422": "ErrorResponse", "503": "ErrorResponse",
+        "200": "OutcomesResponse", "408": "ErrorResponse", "413": "ErrorResponse", "415": "ErrorResponse",
+            "422": "ErrorResponse", "503": "ErrorResponse",
     }  # fmt: skip
 
 

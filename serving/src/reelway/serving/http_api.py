@@ -2,28 +2,36 @@
 
 Status codes:
 
-- 413: the body of reported outcomes is too long.
-- 422: the request is invalid; the response names every invalid field.
+- 400: the body ended early; the client does not receive the response.
+- 404, 405: there is no such path, or it has another method.
+- 408: the body did not arrive in time.
+- 413: the body is too long.
+- 415: the body is compressed.
+- 422: the request is invalid; the response names up to ``MAX_REPORTED`` invalid fields.
 - 429: too many requests are in flight (load shedding).
 - 503: an error that no fallback covers. Failed stages do not lead to an error; the slate comes from their fallbacks.
   Outcomes are rejected with 503 while the event log does not accept them.
+
+Every 4xx and 5xx response has the body ``ErrorResponse``. Every rejected request is counted by ``record_rejected``.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
+from json import JSONDecodeError
 from typing import Any, Final, NamedTuple, Protocol, cast
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from reelway.platform.contracts.api import (
     ErrorResponse,
@@ -35,11 +43,15 @@ from reelway.platform.contracts.api import (
 )
 from reelway.platform.contracts.events import Arm
 from reelway.platform.errors import MalformedFileError, OverloadedError, ServingError, StorageError
+from reelway.platform.request_body import BodyLimit, BodyLimitMiddleware, RequestBodyError, parse_json
 from reelway.platform.rollout.traffic.routing import Routing
 
 log = logging.getLogger(__name__)
 
-VALUE_LENGTH = 100
+MAX_REPORTED: Final = 20
+"""Invalid fields that a response names."""
+SHOWN_CHARACTERS: Final = 100
+"""Longest value, or part of a field's path, that a response repeats."""
 
 
 class ServedRelease(BaseModel):
@@ -89,7 +101,9 @@ class RecommendService(Protocol):
 
     async def metrics_text(self) -> bytes: ...
 
-    def record_invalid(self) -> None: ...
+    def record_rejected(self, kind: str) -> None:
+        """Counts a request that was rejected: ``invalid``, ``not_found``, or a kind of ``RequestBodyError``."""
+        ...
 
     def shed_before_read(self) -> None:
         """Rejects a request before it is read, if no viewer can be answered now.
@@ -106,16 +120,29 @@ class RecommendService(Protocol):
 
 RECOMMEND: Final = "/v1/recommend"
 OUTCOMES: Final = "/v1/outcomes"
+MAX_RECOMMEND_BYTES: Final = 16 << 10
 MAX_OUTCOMES_BYTES: Final = 1 << 20
 """Four times the size of a request with 1,000 outcomes."""
+BODY_LIMITS: Final = {
+    RECOMMEND: BodyLimit(MAX_RECOMMEND_BYTES, "send only the fields of the request"),
+    OUTCOMES: BodyLimit(MAX_OUTCOMES_BYTES, "send fewer outcomes per request"),
+}
+BODY_RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
+    status: {"model": ErrorResponse, "description": description}
+    for status, description in (
+        (408, "The body did not arrive in time."),
+        (413, "The body is too long."),
+        (415, "The body is compressed."),
+        (422, "The request is invalid."),
+    )
+}
 RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
+    **BODY_RESPONSES,
     200: {"model": RecommendResponse},
-    422: {"model": ErrorResponse},
     429: {"model": ErrorResponse, "description": "Too many requests are in flight; see Retry-After."},
 }
 OUTCOMES_RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
-    413: {"model": ErrorResponse},
-    422: {"model": ErrorResponse},
+    **BODY_RESPONSES,
     503: {"model": ErrorResponse, "description": "The event log accepts nothing now; see Retry-After."},
 }
 
@@ -133,7 +160,9 @@ def build_http_api(service: RecommendService) -> FastAPI:
         description="Slates of short videos. Send a video's token back with every outcome.",
         version="1",
         lifespan=lifespan,
+        redirect_slashes=False,
     )
+    api.router.route_class = StrictJsonRoute
 
     # The response model is valid by construction, so FastAPI need not validate it again. RESPONSES documents it.
     @api.post(RECOMMEND, responses=RESPONSES)
@@ -171,13 +200,19 @@ def build_http_api(service: RecommendService) -> FastAPI:
         """Returns the metrics of all stages on this node, for Prometheus."""
         return Response(await service.metrics_text(), media_type=CONTENT_TYPE_LATEST)
 
+    _handle_errors(api, service)
+    api.add_middleware(BodyLimitMiddleware, limits=BODY_LIMITS, reject=_body_rejection(service))
+    api.add_middleware(LoadSheddingMiddleware, service=service)
+    return api
+
+
+def _handle_errors(api: FastAPI, service: RecommendService) -> None:
     @api.exception_handler(RequestValidationError)
     async def reject_invalid(_: Request, error: RequestValidationError) -> Response:
-        service.record_invalid()
-        fields = [field_error(detail) for detail in error.errors()]
+        service.record_rejected("invalid")
+        fields = [field_error(detail) for detail in error.errors()[:MAX_REPORTED]]
         named = ", ".join(dict.fromkeys(field.field for field in fields))
-        body = ErrorResponse(error=f"the request is invalid; correct {named}", fields=fields)
-        return JSONResponse(body.model_dump(mode="json"), status_code=422)
+        return error_response(422, ErrorResponse(error=f"the request is invalid; correct {named}", fields=fields))
 
     @api.exception_handler(OverloadedError)
     async def turned_away(_: Request, error: OverloadedError) -> Response:
@@ -190,49 +225,57 @@ def build_http_api(service: RecommendService) -> FastAPI:
 
     @api.exception_handler(HTTPException)
     async def reject(_: Request, error: HTTPException) -> Response:
-        body = ErrorResponse(error=str(error.detail))
-        return JSONResponse(body.model_dump(mode="json"), status_code=error.status_code, headers=error.headers)
+        service.record_rejected("not_found")
+        return error_response(error.status_code, ErrorResponse(error=str(error.detail)), error.headers)
 
-    api.add_middleware(OutcomesLimitMiddleware)
-    api.add_middleware(LoadSheddingMiddleware, service=service)
-    return api
+
+def _body_rejection(service: RecommendService) -> Callable[[RequestBodyError], Response]:
+    def reject(error: RequestBodyError) -> Response:
+        service.record_rejected(error.kind)
+        return error_response(error.status, ErrorResponse(error=str(error)), error.headers)
+
+    return reject
+
+
+def error_response(status: int, body: ErrorResponse, headers: Mapping[str, str] | None = None) -> Response:
+    """Returns a response with an error as JSON."""
+    return Response(body.model_dump_json(), status, headers, media_type="application/json")
 
 
 def too_many_requests(error: OverloadedError) -> Response:
     """Returns a 429 response with a Retry-After header."""
-    body = ErrorResponse(error=str(error))
-    return JSONResponse(body.model_dump(mode="json"), status_code=429, headers={"Retry-After": "1"})
+    return error_response(429, ErrorResponse(error=str(error)), {"Retry-After": "1"})
 
 
 def service_unavailable(message: str) -> Response:
     """Returns a 503 response with a Retry-After header."""
-    body = ErrorResponse(error=message)
-    return JSONResponse(body.model_dump(mode="json"), status_code=503, headers={"Retry-After": "1"})
+    return error_response(503, ErrorResponse(error=message), {"Retry-After": "1"})
 
 
-class OutcomesLimitMiddleware:
-    """ASGI middleware that rejects outcomes of more than ``MAX_OUTCOMES_BYTES`` before all are in memory."""
+class StrictJsonRequest(Request):
+    """A request whose body is parsed by ``parse_json``.
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    Starlette's parser accepts NaN and lone surrogates, and raises other errors than ``JSONDecodeError`` for a long
+    number, deep nesting and invalid UTF-8.
+    """
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] != OUTCOMES:
-            await self._app(scope, receive, send)
-            return
-        read = 0
+    async def json(self) -> Any:
+        try:
+            return parse_json(await self.body())
+        except ValueError as error:
+            raise JSONDecodeError(str(error), "", 0) from error
 
-        async def receive_some() -> Message:
-            nonlocal read
-            message = await receive()
-            read += len(message.get("body", b""))
-            if read > MAX_OUTCOMES_BYTES:
-                raise HTTPException(
-                    413, f"the body has over {MAX_OUTCOMES_BYTES} bytes; send fewer outcomes per request"
-                )
-            return message
 
-        await self._app(scope, receive_some, send)
+class StrictJsonRoute(APIRoute):
+    """Calls the endpoint with a ``StrictJsonRequest``."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_strictly(request: Request) -> Response:
+            return await handle(StrictJsonRequest(request.scope, request.receive))
+
+        return handle_strictly
 
 
 class LoadSheddingMiddleware:
@@ -257,10 +300,16 @@ class LoadSheddingMiddleware:
 
 def field_error(error: dict[str, Any]) -> FieldError:
     """Converts a pydantic error: a dotted path within the body, the message, and the value if it is short."""
-    path = [str(part) for part in error["loc"] if part != "body"]
     if error["type"] == "json_invalid":
-        reason = error.get("ctx", {}).get("error", "invalid JSON")
-        return FieldError(field="body", message=f"not JSON: {reason} at character {error['loc'][-1]}")
-    value = error.get("input")
-    shown = value if isinstance(value, str | int | float | bool) and len(str(value)) <= VALUE_LENGTH else None
-    return FieldError(field=".".join(path) or "body", message=error["msg"], value=shown)
+        return FieldError(field="body", message=f"not JSON: {error['ctx']['error']}")
+    if isinstance(error.get("input"), bytes):
+        return FieldError(field="body", message="not sent as JSON; send the header Content-Type: application/json")
+    path = ".".join(str(part)[:SHOWN_CHARACTERS] for part in error["loc"] if part != "body")
+    return FieldError(field=path or "body", message=error["msg"], value=_shown(error.get("input")))
+
+
+def _shown(value: object) -> str | int | float | None:
+    """Returns a value that a response can repeat; None for a long one, an object and a float that JSON lacks."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, str | int | float) and len(str(value)) <= SHOWN_CHARACTERS else None

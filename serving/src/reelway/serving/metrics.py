@@ -148,7 +148,12 @@ class IngressMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         both = ["release", "arm"]
         self.requests = counter(metric_names.REQUESTS, "Requests by outcome.", [*both, "outcome"], registry)
-        self.refused = counter("reelway_ingress_refused_total", "Invalid requests, rejected with 422.", [], registry)
+        self.refused = counter(
+            "reelway_ingress_refused_total",
+            "Requests rejected with 4xx, by kind: invalid (422), too_long (413), late (408), encoded (415), "
+            "cut_off (the client left), not_found (404 and 405).",
+            ["kind"], registry,
+        )  # fmt: skip
         self.shed = counter(
             "reelway_ingress_shed_total", "Requests rejected with 429 because too many were in flight.", both,
             registry,

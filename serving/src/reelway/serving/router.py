@@ -214,9 +214,9 @@ class Router:
         """Returns the metrics of all processes of this node."""
         return await asyncio.to_thread(metrics.render_metrics, metrics.multiprocess_dir(), self._dependencies.registry)
 
-    def record_invalid(self) -> None:
-        """Counts an invalid request."""
-        self._metrics.refused.inc()
+    def record_rejected(self, kind: str) -> None:
+        """Counts a request that was rejected before it reached a release."""
+        self._metrics.refused.labels(kind).inc()
 
     def shed_before_read(self) -> None:
         """Rejects a request before it is read, if a single release answers all viewers and that release is full.

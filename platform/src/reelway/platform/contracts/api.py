@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from reelway.platform.contracts.events import OUTCOME_HORIZON_S, Arm, OutcomeType
 from reelway.platform.contracts.ids import MAX_ID
@@ -12,16 +14,39 @@ from reelway.platform.contracts.ids import MAX_ID
 MAX_COUNT = 100
 MAX_OUTCOMES = 1_000
 """Maximum number of outcomes in one request."""
+MAX_KEYS = 16
+"""Maximum number of keys in an object of a request. Each unknown key costs time, because it is an error of its own."""
 MAX_WATCH_MS = OUTCOME_HORIZON_S * 1_000
 
 Degradation = Literal["no_viewer_row", "no_retrieval", "no_ranker", "no_reranker"]
 """Degradation level: the stage for which the request used a fallback."""
 
 
-class RequestContext(BaseModel):
-    """The client's context at the time of the request."""
+class RequestObject(BaseModel):
+    """An object of a request body. It has no unknown key."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def limit_keys(cls, body: Any) -> Any:
+        """Rejects an object with too many keys without an error for each of them."""
+        for name, part in cls.objects_in(body):
+            if isinstance(part, dict) and len(part) > MAX_KEYS:
+                raise PydanticCustomError(
+                    "too_many_keys", "{name} should have at most {limit} keys, not {keys}",
+                    {"name": name, "limit": MAX_KEYS, "keys": len(part)},
+                )  # fmt: skip
+        return body
+
+    @classmethod
+    def objects_in(cls, body: Any) -> Iterator[tuple[str, Any]]:
+        """Yields the objects whose keys are counted, with their names in an error."""
+        yield "Object", body
+
+
+class RequestContext(RequestObject):
+    """The client's context at the time of the request."""
 
     device: Annotated[str, Field(max_length=64)] = "unknown"
     region: Annotated[str | None, Field(max_length=64)] = None
@@ -29,10 +54,8 @@ class RequestContext(BaseModel):
     time: AwareDatetime | None = Field(default=None, description="RFC 3339 with a zone; the server's clock when absent")
 
 
-class RecommendRequest(BaseModel):
+class RecommendRequest(RequestObject):
     """Request body of ``POST /v1/recommend``."""
-
-    model_config = ConfigDict(extra="forbid")
 
     viewer_id: Annotated[int, Field(ge=0, le=MAX_ID, strict=True)]
     count: Annotated[int, Field(ge=1, le=MAX_COUNT, strict=True)] = 20
@@ -78,12 +101,22 @@ class ReportedOutcome(BaseModel):
     )
 
 
-class OutcomesRequest(BaseModel):
-    """Request body of ``POST /v1/outcomes``. Sending it again is safe: an outcome is counted once."""
+class OutcomesRequest(RequestObject):
+    """Request body of ``POST /v1/outcomes``. Sending it again is safe: an outcome is counted once.
 
-    model_config = ConfigDict(extra="forbid")
+    Of invalid outcomes only the first one is reported.
+    """
 
-    outcomes: Annotated[list[ReportedOutcome], Field(min_length=1, max_length=MAX_OUTCOMES)]
+    outcomes: Annotated[list[ReportedOutcome], Field(min_length=1, max_length=MAX_OUTCOMES, fail_fast=True)]
+
+    @classmethod
+    def objects_in(cls, body: Any) -> Iterator[tuple[str, Any]]:
+        """Yields the request and its outcomes. A validator of each outcome would take longer than its validation."""
+        yield "Object", body
+        outcomes = body.get("outcomes") if isinstance(body, dict) else None
+        if isinstance(outcomes, list):
+            for index, outcome in enumerate(outcomes[:MAX_OUTCOMES]):
+                yield f"outcomes.{index}", outcome
 
 
 class RefusedOutcome(BaseModel):

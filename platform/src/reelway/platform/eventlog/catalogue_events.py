@@ -30,9 +30,13 @@ from reelway.platform.contracts.ids import MAX_ID
 from reelway.platform.eventlog.event_log import LogRecord, StoredRecord
 from reelway.platform.eventlog.topics import Topic
 
+_SHOWN_CHARACTERS: Final = 100
+"""Longest part of a field's path in an error: an unknown key is part of the path."""
 I64 = NDArray[np.int64]
 Id = Annotated[int, Field(ge=0, le=MAX_ID)]
-Vector = Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], Field(min_length=1, max_length=4096)]
+Vector = Annotated[
+    list[Annotated[float, Field(allow_inf_nan=False)]], Field(min_length=1, max_length=4096, fail_fast=True)
+]
 Text = Annotated[str, Field(max_length=1000)]
 
 
@@ -144,7 +148,8 @@ def parse_change(value: Any) -> VideoUpsert | Takedown | Restore:
 def explain_first_problem(error: ValidationError) -> str:
     """Returns pydantic's first error on one line: field, value seen, expectation."""
     problem = error.errors(include_url=False)[0]
-    field = ".".join(str(part) for part in problem["loc"] if part not in ("upsert", "takedown", "restore"))
+    location = [str(part) for part in problem["loc"] if part not in ("upsert", "takedown", "restore")]
+    field = ".".join(part[:_SHOWN_CHARACTERS] for part in location)
     if problem["type"] == "missing":
         return f"{field}: missing"
     expected = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")

@@ -6,7 +6,6 @@ order of its inputs.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Annotated, Any, Final, Literal
@@ -14,6 +13,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
 from reelway.platform.errors import DataError
+from reelway.platform.request_body import parse_json
 from reelway.platform.rollout.evidence import FiringAlert
 
 RELEASE_LABEL: Final = "release"
@@ -21,6 +21,8 @@ NAME_LABEL: Final = "alertname"
 MAX_ALERTS: Final = 1_000
 MIN_RELEASE_CHARACTERS: Final = 12
 REMEMBERED_ALERTS: Final = 4_096
+_SHOWN_CHARACTERS: Final = 100
+"""Longest part of a field's path in an error: the name of a label is part of the path."""
 POLLED_GROUP_KEY: Final = "polled"
 """Group key of polled alerts: ``GET /api/v2/alerts`` returns no groups."""
 
@@ -77,12 +79,18 @@ def parse_webhook(body: bytes | str) -> WebhookPayload:
         DataError: if the body is not an Alertmanager version 4 payload; the message has the field's path.
     """
     try:
-        return WebhookPayload.model_validate(json.loads(body))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        parsed = parse_json(body)
+    except ValueError as error:
         raise DataError(f"alert webhook: not JSON: {error}") from error
+    try:
+        return WebhookPayload.model_validate(parsed)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, p['loc'])) or '(body)'}: {p['msg']}" for p in error.errors()[:5])
+        problems = "; ".join(f"{_path(p['loc']) or '(body)'}: {p['msg']}" for p in error.errors()[:5])
         raise DataError(f"alert webhook: not an Alertmanager version 4 payload: {problems}") from error
+
+
+def _path(location: Iterable[str | int]) -> str:
+    return ".".join(str(part)[:_SHOWN_CHARACTERS] for part in location)
 
 
 def parse_alerts(payload: WebhookPayload) -> list[KnownAlert]:

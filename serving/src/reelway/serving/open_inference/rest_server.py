@@ -15,7 +15,7 @@ import asyncio
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Final
 
@@ -27,6 +27,7 @@ from kserve.protocol.rest.server import RESTServer
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from reelway.platform import request_body
 from reelway.platform.errors import ServingError
 from reelway.serving.open_inference.data_plane import LENGTH_HEADER, RankerDataPlane, ReadOnlyRepository
 from reelway.serving.open_inference.errors import (
@@ -43,8 +44,12 @@ _LAST_REQUESTS_POLL_S: Final = 0.05
 _MODEL_PATH: Final = re.compile(r"(/v2/models/([^/]+))(?:/versions/([^/]+))?(/ready|/infer|)")
 
 
-class _ClientDisconnectedError(Exception):
-    """The client closed the connection before its request was complete."""
+_BODY_ERRORS: Final[Mapping[type[request_body.RequestBodyError], type[InferenceRequestError]]] = {
+    request_body.BodyTooLongError: RequestTooLargeError,
+    request_body.BodyLateError: RequestTimeoutError,
+    request_body.BodyEncodedError: UnsupportedEncodingError,
+}
+"""The error of the protocol for a body that was not read."""
 
 
 class RequestFilter:
@@ -61,8 +66,7 @@ class RequestFilter:
     def __init__(self, app: ASGIApp, service: RankerService, max_bytes: int, body_timeout_s: float) -> None:
         self._app = app
         self._service = service
-        self._max_bytes = max_bytes
-        self._body_timeout_s = body_timeout_s
+        self._limit = request_body.BodyLimit(max_bytes, "send fewer candidates per request", body_timeout_s)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -84,49 +88,20 @@ class RequestFilter:
             self._service.record_refused(error)
             await _error_response(error)(scope, receive, send_last)
             return
-        except _ClientDisconnectedError:
+        except request_body.BodyCutOffError:
             return
         await self._app(scope, receive, send_last)
 
     async def _with_body(self, scope: Scope, receive: Receive) -> tuple[Scope, Receive]:
         headers: dict[bytes, bytes] = dict(scope["headers"])
-        encoding = headers.get(b"content-encoding", b"identity").decode("latin-1")
-        if encoding != "identity":
-            raise UnsupportedEncodingError(f"the body is encoded as {encoding[:40]!r}, expected no encoding")
-        body = await self._read(receive)
+        try:
+            body = await request_body.read_body(scope, receive, self._limit)
+        except tuple(_BODY_ERRORS) as error:
+            raise _BODY_ERRORS[type(error)](str(error)) from error
         # KServe tells JSON from binary by the content type, the protocol by the header with the JSON's length.
         binary = LENGTH_HEADER.encode() in headers
         headers[b"content-type"] = b"application/octet-stream" if binary else b"application/json"
-
-        async def receive_body() -> Message:
-            nonlocal body
-            if body is None:
-                return await receive()
-            message, body = {"type": "http.request", "body": body, "more_body": False}, None
-            return message
-
-        return {**scope, "headers": list(headers.items())}, receive_body
-
-    async def _read(self, receive: Receive) -> bytes | None:
-        chunks, size, more = list[bytes](), 0, True
-        try:
-            async with asyncio.timeout(self._body_timeout_s):
-                while more:
-                    message = await receive()
-                    if message["type"] != "http.request":
-                        raise _ClientDisconnectedError
-                    more = message.get("more_body", False)
-                    chunks.append(message.get("body", b""))
-                    size += len(chunks[-1])
-                    if size > self._max_bytes:
-                        raise RequestTooLargeError(
-                            f"the body has more than {self._max_bytes} bytes; send fewer candidates per request"
-                        )
-        except TimeoutError as error:
-            raise RequestTimeoutError(
-                f"{size} bytes of the body arrived in {self._body_timeout_s:g} s, expected all of it"
-            ) from error
-        return b"".join(chunks)
+        return {**scope, "headers": list(headers.items())}, request_body.replay_body(body, receive)
 
 
 class RankerRestServer(RESTServer):

@@ -7,10 +7,13 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Final
 
-from fastapi import FastAPI, Response
+from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from reelway.platform.contracts.api import ErrorResponse
+from reelway.serving.http_api import error_response
 from reelway.serving.outcomes.collector import OutcomeCollector
 
 _PATH: Final = "/metrics"
@@ -37,6 +40,10 @@ def build_outcomes_api(collector: OutcomeCollector, on_close: Callable[[], None]
     async def metrics() -> Response:
         """The rollouts' sufficient statistics."""
         return Response(await asyncio.to_thread(collector.metrics_text), media_type=CONTENT_TYPE_LATEST)
+
+    @api.exception_handler(HTTPException)
+    async def reject(_: Request, error: HTTPException) -> Response:
+        return error_response(error.status_code, ErrorResponse(error=str(error.detail)), error.headers)
 
     return api
 

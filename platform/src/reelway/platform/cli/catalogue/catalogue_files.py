@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,6 +20,10 @@ from reelway.platform.eventlog.catalogue_events import (
     explain_first_problem,
     parse_change,
 )
+from reelway.platform.request_body import parse_json
+
+MAX_KEYS: Final = 32
+"""Keys of a change. Each unknown key costs time, because it is an error of its own."""
 
 
 class RefusedChange(BaseModel):
@@ -30,7 +33,7 @@ class RefusedChange(BaseModel):
 
     line: int
     problem: str
-    input: Any
+    input: Any = None
 
 
 @dataclass(frozen=True)
@@ -51,14 +54,18 @@ def check_changes(lines: Iterable[tuple[int, Any]], dimensions: FeatureDimension
     accepted: list[VideoUpsert | Takedown | Restore] = []
     refused = []
     for line, value in lines:
+        if isinstance(value, dict) and len(value) > MAX_KEYS:
+            problem = f"saw {len(value)} keys, expected at most {MAX_KEYS}"
+            refused.append(RefusedChange(line=line, problem=problem, input=value))
+            continue
         try:
             change = parse_change(value)
         except ValidationError as error:
             refused.append(RefusedChange(line=line, problem=explain_first_problem(error), input=value))
             continue
-        problem = change.problem(dimensions) if dimensions and isinstance(change, VideoUpsert) else None
-        if problem:
-            refused.append(RefusedChange(line=line, problem=problem, input=value))
+        misfit = change.problem(dimensions) if dimensions and isinstance(change, VideoUpsert) else None
+        if misfit:
+            refused.append(RefusedChange(line=line, problem=misfit, input=value))
         else:
             accepted.append(change)
     return CheckedChanges(accepted, refused)
@@ -71,7 +78,7 @@ def read_upserts(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
         if not text:
             continue
         try:
-            value = json.loads(text)
+            value = parse_json(text)
         except ValueError:
             value = text
         yield number, {"op": "upsert", **value} if isinstance(value, dict) else text

@@ -17,11 +17,13 @@ from typing import Final, Protocol
 import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import ClientDisconnect, Request
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from reelway.platform.errors import ConfigError, DataError, ReelwayError
+from reelway.platform.request_body import BodyLimit, RequestBodyError, read_body
 from reelway.platform.rollout.alerts import KnownAlert, parse_alerts, parse_webhook
 from reelway.platform.rollout.control.controller_metrics import ControllerMetrics
 
@@ -29,15 +31,9 @@ log = logging.getLogger(__name__)
 
 ALERTS_PATH: Final = "/api/v1/alerts"
 BODY_LIMIT_BYTES: Final = 1 << 20
+_BODY_LIMIT: Final = BodyLimit(BODY_LIMIT_BYTES, "send fewer alerts per group")
 _STARTUP_TIMEOUT_S: Final = 10.0
-
-
-class _HttpError(Exception):
-    """An HTTP error response. ``outcome`` is the value of the metric's label."""
-
-    def __init__(self, status: int, outcome: str, text: str) -> None:
-        super().__init__(text)
-        self.status, self.outcome, self.text = status, outcome, text
+_NO_TOKEN: Final = "missing or wrong bearer token; send the one in keys/webhook.token of the run"
 
 
 class AlertReceiver(Protocol):
@@ -58,13 +54,14 @@ def webhook_application(
     """
 
     async def alerts(request: Request) -> Response:
+        if not _has_token(request, token):
+            return _answer(401, "unauthorized", _NO_TOKEN)
         try:
-            _check_token(request, token)
-            payload = parse_webhook(await _body(request))
+            payload = parse_webhook(await read_body(request.scope, request.receive, _BODY_LIMIT))
             news = parse_alerts(payload)
             changed = await run_in_threadpool(receiver.deliver, news)
-        except _HttpError as refused:
-            return _answer(refused.status, refused.outcome, refused.text)
+        except RequestBodyError as error:
+            return _answer(error.status, error.kind, str(error))
         except DataError as error:
             return _answer(400, "malformed", str(error))
         except ReelwayError as error:  # Alertmanager retries after a 5xx
@@ -83,19 +80,26 @@ def webhook_application(
             headers["WWW-Authenticate"] = "Bearer"
         return JSONResponse({"error": text}, status, headers)
 
+    async def no_such_route(_: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return _answer(error.status_code, "not_found", error.detail)
+
     async def healthz(_: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
     async def metrics_text(_: Request) -> Response:
         return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    return Starlette(
+    application = Starlette(
         routes=[
             Route(ALERTS_PATH, alerts, methods=["POST"]),
             Route("/healthz", healthz, methods=["GET"]),
             Route("/metrics", metrics_text, methods=["GET"]),
-        ]
+        ],
+        exception_handlers={HTTPException: no_such_route},
     )
+    application.router.redirect_slashes = False  # a redirect would repeat the Host header of the request
+    return application
 
 
 @contextmanager
@@ -130,27 +134,7 @@ def serve_in_thread(application: Starlette, host: str, port: int) -> Iterator[st
             thread.join(_STARTUP_TIMEOUT_S)
 
 
-def _check_token(request: Request, token: str) -> None:
+def _has_token(request: Request, token: str) -> bool:
     kind, _, credentials = request.headers.get("authorization", "").partition(" ")
     right = hmac.compare_digest(credentials.strip().encode(), token.encode())
-    if kind.lower() != "bearer" or not right:
-        raise _HttpError(
-            401, "unauthorized", "missing or wrong bearer token; send the one in keys/webhook.token of the run"
-        )
-
-
-async def _body(request: Request) -> bytes:
-    """Reads the body up to the limit. If its Content-Length is above the limit, nothing is read."""
-    too_long = _HttpError(413, "too_long", f"the body has over {BODY_LIMIT_BYTES} bytes; send fewer alerts per group")
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > BODY_LIMIT_BYTES:
-        raise too_long
-    body = bytearray()
-    try:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > BODY_LIMIT_BYTES:
-                raise too_long
-    except ClientDisconnect:
-        raise _HttpError(400, "malformed", "the body ended early") from None
-    return bytes(body)
+    return right and kind.lower() == "bearer"
