@@ -203,7 +203,8 @@ class ServedStream:
                 self.run_stream()
             self.overlay.poll()
             for _ in range(slates):
-                self.offer(viewer, self.rng.integers(0, len(self.table), slate).astype(np.int32))
+                rows = self.rng.integers(0, len(self.table), slate).astype(np.int32)
+                self.offer(viewer, self.table.servable_rows(rows))  # an update of a video is a row of its own
         return hours * slates
 
     def offer(self, viewer: int, rows: np.ndarray) -> None:

@@ -41,17 +41,24 @@ class DatasetState:
     labels: pa.Table
     videos: pa.Table  # columns video_id, creator_id, topic, duration_ms, uploaded_at
     creators: pa.Table  # columns creator_id, created_at, followers
+    filled_us: int | None = None
+    """Time of the rows with which the online store was filled, microseconds; None if it was not filled."""
 
 
-def initial_watermark_us(labels: pa.Table, fine_us: int) -> int:
-    """Returns the first point of the finest grid at which all labels are known.
+def initial_watermark_us(dataset: DatasetState, fine_us: int, now_us: int) -> int:
+    """Returns the first point of the finest grid at which all labels are known and the store's rows are past.
+
+    A row of the stream before the time of the store's rows would not replace them. If the store is filled up to a time
+    in the future, only the labels count: the stream cannot wait.
 
     Raises:
         EmptyDatasetError: if there are no labels.
     """
-    if not labels.num_rows:
+    if not dataset.labels.num_rows:
         raise EmptyDatasetError("data set: no impressions; simulate or import a data set")
-    known_us = int(Events.from_labels(labels).known_us.max())
+    known_us = int(Events.from_labels(dataset.labels).known_us.max())
+    if dataset.filled_us is not None and dataset.filled_us <= now_us:
+        known_us = max(known_us, dataset.filled_us)
     return -(-known_us // fine_us) * fine_us
 
 

@@ -98,7 +98,7 @@ class LocalStream:
         if self._store.get("behind_us") is None:
             dataset = load_dataset()
             rules = StreamRules(self._views, self._ttl_us)
-            settled_us = initial_watermark_us(dataset.labels, rules.fine_us)
+            settled_us = initial_watermark_us(dataset, rules.fine_us, int(self._clock() * 1e6))
             if behind_us is None:
                 behind_us = offset_to_dataset_us(self._logs, settled_us, self._clock)
             with self._store.transaction():

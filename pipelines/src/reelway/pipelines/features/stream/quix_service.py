@@ -109,7 +109,7 @@ def stream_clock(run: RunDirectory, logs: Mapping[Topic, EventLog]) -> StreamClo
     path = run.path / STREAM_CLOCK_FILE
     if not path.exists():
         fine_us = StreamRules(view_settings(run), {}).fine_us
-        began_us = initial_watermark_us(load_dataset(run).labels, fine_us)
+        began_us = initial_watermark_us(load_dataset(run), fine_us, time.time_ns() // 1000)
         clock = StreamClock(began_us, offset_to_dataset_us(logs, began_us, time.time))
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f"clock-{uuid4().hex}.json")

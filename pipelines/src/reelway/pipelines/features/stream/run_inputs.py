@@ -5,6 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from reelway.pipelines.features.materialisation import materialised_at_s
 from reelway.pipelines.features.stream.bootstrap import DatasetState
 from reelway.pipelines.features.stream.time_buckets import STREAMED
 from reelway.pipelines.features.stream.video_facts import VideoFacts
@@ -44,4 +45,6 @@ def load_dataset(run: RunDirectory) -> DatasetState:
             raise FeatureError(
                 f"{run.dataset}: {name}.parquet not found; simulate or import a data set first"
             ) from error
-    return DatasetState(read_feature_file(run.features / LABELS_FILE), tables["videos"], tables["creators"])
+    filled_s = materialised_at_s(run.features)
+    filled_us = None if filled_s is None else round(filled_s * SECOND_US)
+    return DatasetState(read_feature_file(run.features / LABELS_FILE), tables["videos"], tables["creators"], filled_us)
