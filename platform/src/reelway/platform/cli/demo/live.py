@@ -170,13 +170,14 @@ class LiveScenes:
         return f"{shown}, read for {GONE_S:g} s", last_s < done - began + GONE_S / 2
 
     def _trend(self) -> tuple[str, bool]:
-        """New viewers watch the shown video that is lowest in the trending list, or not in it."""
+        """New viewers watch one of the videos that most of them are shown: the one lowest in the trending list."""
         ranks = _trending_ranks(self.run.overlay)
-        target, began = 0, time.monotonic()
-        for viewer in range(self.new_viewer + 1, self.new_viewer + 1 + TREND_VIEWERS):
-            slate = self._slate(viewer, 2 * PAGE_VIDEOS)
-            if not target:
-                target = max(slate, key=lambda video: ranks.get(video["video_id"], len(ranks)))["video_id"]
+        began = time.monotonic()
+        slates = [self._slate(self.new_viewer + 1 + number, 2 * PAGE_VIDEOS) for number in range(TREND_VIEWERS)]
+        shown = Counter(video["video_id"] for slate in slates for video in slate)
+        often = [video for video, slates_with_it in shown.items() if 2 * slates_with_it >= TREND_VIEWERS]
+        target = max(often or [shown.most_common(1)[0][0]], key=lambda video: ranks.get(video, len(ranks)))
+        for slate in slates:
             tokens = [video["token"] for video in slate if video["video_id"] == target]
             watched = [(token, OutcomeType.WATCH, self._duration_ms(target)) for token in tokens]
             self._report(watched + [(token, OutcomeType.LIKE, None) for token in tokens])
@@ -185,7 +186,7 @@ class LiveScenes:
 
         def higher() -> int | None:
             rank = _trending_ranks(self.run.overlay).get(target)
-            return rank if rank is not None and rank < min(before if before is not None else 1 << 30, 10) else None
+            return rank if rank is not None and (before is None or rank < max(before, 1)) else None
 
         rank, elapsed_s = _first(higher, done)
         place = "not in the list" if before is None else f"place {before + 1}"
