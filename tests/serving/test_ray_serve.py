@@ -185,7 +185,10 @@ def test_recommend_command_prints_a_slate(service: Running) -> None:
     command = reelway_command("recommend", "--run", str(service.run), "--viewer", str(KNOWN_VIEWER), "--count", "3")
     readable = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     assert f"viewer {KNOWN_VIEWER}" in readable
-    assert "because you watched" in " ".join(readable.split())
+    rows = [[cell.strip() for cell in line.split("│")[1:]] for line in readable.splitlines() if line.startswith("│")]
+    reason_of = {row[0]: row[3] for row in rows if row[0]}  # a long text continues in a row without a number
+    assert list(reason_of) == ["1", "2", "3"]
+    assert all(reason_of.values())
     raw = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=60, check=True).stdout
     assert len(RecommendResponse.model_validate_json(raw).videos) == 3
 
