@@ -143,7 +143,7 @@ def test_collector_counts_every_exposure_and_outcome(live: LiveInstallation) -> 
     taken_s = until(
         "all are counted", lambda: _counted(live) == wanted, 60, lambda: f"counted {_counted(live)} of {wanted}"
     )
-    live.counted_of_canary = _counted(live, "canary")
+    live.counted_of_canary, live.outcomes_counted = _counted(live, "canary"), len(outcomes)
     assert 0 < live.counted_of_canary[0] < len(tokens)
     live.note("live: outcomes accepted -> exposures and outcomes counted", taken_s, "s")
 
@@ -186,11 +186,13 @@ def test_restarted_router_knows_takedowns_and_counts(live: LiveInstallation) -> 
     )
     assert shown
     assert withheld
-    if wanted := live.counted_of_canary:  # which has had no viewer since; stable's slates count for the rollout
-        until(
-            "the sums are computed again", lambda: _counted(live, "canary") == wanted, 90,
-            lambda: f"counted {_counted(live, 'canary')} of {wanted}",
-        )  # fmt: skip
+    if canary := live.counted_of_canary:  # which has had no viewer since; stable's slates count for the rollout
+
+        def sums() -> tuple[tuple[int, int], int]:
+            return _counted(live, "canary"), _counted(live)[1]
+
+        wanted = (canary, live.outcomes_counted)
+        until("the sums are computed again", lambda: sums() == wanted, 90, lambda: f"counted {sums()} of {wanted}")
 
 
 def _viewers(live: LiveInstallation, count: int) -> range:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -76,6 +77,13 @@ def test_features_command_skips_finished_steps(run) -> None:
     until_s = run.record("features")["summary"]["until_s"]
     assert materialised_at_s(run.features) == until_s
     assert ViewerRowReader(open_feature_store(run.features)).read(500)["region"] in ("eu", "us")
+
+    with pytest.MonkeyPatch.context() as patch:  # the views of data of today end at midnight
+        patch.setattr(command, "time", SimpleNamespace(time=lambda: until_s - 3600))
+        assert call("materialise").exit_code == 0
+    assert materialised_at_s(run.features) == until_s - 3600
+    assert call().exit_code == 0
+    assert materialised_at_s(run.features) == until_s
 
     again = call()
     assert "features: already done with the same inputs, skipped" in again.output

@@ -65,7 +65,9 @@ class LiveInstallation:
     taken_down: list[int] = field(default_factory=list)
     """Videos that an earlier test took down."""
     counted_of_canary: tuple[int, int] | None = None
-    """Impressions and outcomes of the rollout of an earlier test."""
+    """Impressions and outcomes of the canary of an earlier test."""
+    outcomes_counted: int = 0
+    """Outcomes of all arms of the same rollout."""
 
     @property
     def kubectl(self) -> Kubectl:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -99,7 +100,8 @@ def build(
 def materialise(
     run: Run = DEFAULT_RUN,
     at: Annotated[
-        str | None, typer.Option("--at", help="Point in time of the rows, ISO 8601. Defaults to the end of the data.")
+        str | None,
+        typer.Option("--at", help="Point in time of the rows, ISO 8601. Defaults to the end of the data, or now."),
     ] = None,
     publish_registry: Registry = None,
     force: Force = False,
@@ -264,7 +266,8 @@ def _build(run: RunDirectory, cpus: int, ray_address: str, online_store: str | N
 def _materialise(run: RunDirectory, at: str | None, force: bool) -> None:
     from reelway.pipelines.features.materialisation import MATERIALISATION_FILE, materialise
 
-    at_s = _parse_time(at) if at else float(run.record("features")["summary"]["until_s"])
+    # The views end at the next full day. A row of a future time would hide the stream's rows until then.
+    at_s = _parse_time(at) if at else min(float(run.record("features")["summary"]["until_s"]), time.time())
     with run.step(
         "materialise",
         config={"at_s": at_s},

@@ -128,7 +128,7 @@ def catalogue_application(
 
     async def reject(_: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        rejected_total.labels(_REJECTED_KINDS[HTTPStatus(error.status_code)]).inc()
+        rejected_total.labels(_REJECTED_KINDS.get(HTTPStatus(error.status_code), "other")).inc()
         return _error_response(error.status_code, error.detail, error.headers)
 
     async def reject_body(_: Request, error: Exception) -> Response:

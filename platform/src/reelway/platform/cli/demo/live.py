@@ -6,6 +6,7 @@ demo.
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections import Counter
@@ -170,32 +171,43 @@ class LiveScenes:
         return f"{shown}, read for {GONE_S:g} s", last_s < done - began + GONE_S / 2
 
     def _trend(self) -> tuple[str, bool]:
-        """New viewers watch one of the videos that most of them are shown: the one lowest in the trending list."""
-        ranks = _trending_ranks(self.run.overlay)
-        began = time.monotonic()
-        slates = [self._slate(self.new_viewer + 1 + number, 2 * PAGE_VIDEOS) for number in range(TREND_VIEWERS)]
+        """New viewers watch a video until it is in the first ten of the trending list.
+
+        It is one that most of the first viewers are shown: the one that is lowest in the list, or not in it.
+        """
+        ranks, began = _trending_ranks(self.run.overlay), time.monotonic()
+        viewers = itertools.count(self.new_viewer + 1)
+        slates = [self._slate(next(viewers), 2 * PAGE_VIDEOS) for _ in range(TREND_VIEWERS)]
         shown = Counter(video["video_id"] for slate in slates for video in slate)
         often = [video for video, slates_with_it in shown.items() if 2 * slates_with_it >= TREND_VIEWERS]
         target = max(often or [shown.most_common(1)[0][0]], key=lambda video: ranks.get(video, len(ranks)))
-        for slate in slates:
-            tokens = [video["token"] for video in slate if video["video_id"] == target]
-            watched = [(token, OutcomeType.WATCH, self._duration_ms(target)) for token in tokens]
-            self._report(watched + [(token, OutcomeType.LIKE, None) for token in tokens])
-        done = time.monotonic()
         before = ranks.get(target)
+        for slate in slates:
+            self._watch_to_the_end(target, slate)
 
-        def higher() -> int | None:
+        def rank_in_first_ten() -> int | None:
             rank = _trending_ranks(self.run.overlay).get(target)
-            return rank if rank is not None and (before is None or rank < max(before, 1)) else None
+            if rank is not None and rank < min(before if before is not None else 1 << 30, 10):
+                return rank
+            self._watch_to_the_end(target, self._slate(next(viewers), 2 * PAGE_VIDEOS))
+            return None
 
-        rank, elapsed_s = _first(higher, done)
+        rank, elapsed_s = _first(rank_in_first_ten, began, interval_s=0.0)
         place = "not in the list" if before is None else f"place {before + 1}"
+        watched = f"{next(viewers) - self.new_viewer - 1} viewers"
         if rank is None:
-            return f"video {target}: {place} before, no better after {DEADLINE_S:g} s", False
+            return f"video {target}: {place} before, not in the first ten after {DEADLINE_S:g} s and {watched}", False
         return (
-            f"video {target}: {place} before, place {rank + 1} of the trending list {elapsed_s:.1f} s after "
-            f"{done - began:.1f} s of watching"
+            f"video {target}: {place} before, place {rank + 1} of the trending list after {elapsed_s:.1f} s and "
+            f"{watched}"
         ), True
+
+    def _watch_to_the_end(self, video_id: int, slate: Sequence[dict[str, Any]]) -> None:
+        """Reports that a video was watched to the end and liked, if the slate has it."""
+        tokens = [video["token"] for video in slate if video["video_id"] == video_id]
+        watched = [(token, OutcomeType.WATCH, self._duration_ms(video_id)) for token in tokens]
+        if tokens:
+            self._report(watched + [(token, OutcomeType.LIKE, None) for token in tokens])
 
     def _slate(self, viewer: int, count: int) -> list[dict[str, Any]]:
         answer = self.client.post("/v1/recommend", json={"viewer_id": viewer, "count": count})
