@@ -60,14 +60,14 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         process = subprocess.Popen(command, stdout=sink, stderr=sink, stdin=subprocess.DEVNULL, start_new_session=True)
     try:
         deadline = time.monotonic() + READY_S
-        while not record.exists():
+        # The record is written before the background processes start, the address is printed afterwards.
+        while not (record.exists() and json.loads(record.read_text())["url"] in log.read_text()):
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
         written = json.loads(record.read_text())
         assert written["pid"] == process.pid
         assert written["release"] == release
-        assert written["url"] in log.read_text()
         with httpx.Client(base_url=written["url"], timeout=30) as client:
             yield Running(run, process, written["url"], release, other, watched, client)
     finally:
