@@ -124,8 +124,8 @@ bench-rollout: install ## Measure webhook to rollback, failed requests and arm s
 	$(BIN)/python -m tests.benchmarks.bench_rollout
 
 .PHONY: bench-stream
-bench-stream: install ## Measure outcomes per second and core of the feature stream.
-	$(BIN)/python -m tests.benchmarks.bench_stream
+bench-stream: install ## Measure outcomes per second and core of the feature stream (BENCH_STREAM: flags).
+	$(BIN)/python -m tests.benchmarks.bench_stream $(BENCH_STREAM)
 
 .PHONY: bench-parity
 bench-parity: install ## Replay a million served values with the stream on (minutes).
