@@ -106,6 +106,12 @@ BENCHMARKS: Final = (
         "make bench-canary",
     ),
     Benchmark(
+        "hostile",
+        "Latency of honest requests at half of the capacity beside hostile requests and beside slow clients. Load "
+        "generators and service share the cores.",
+        "make bench-hostile",
+    ),
+    Benchmark(
         "rollout",
         "Rollouts on a running service under load: time to roll back, failed requests, stickiness of arms.",
         "make bench-rollout",
