@@ -189,6 +189,9 @@
 {{- if and (eq $f.redis.mode "bundled") $f.redis.tls }}
 {{- include "reelway.fail" (dict "path" "features.redis.tls" "saw" true "expected" "false, because features.redis.mode is bundled; an external Redis may have TLS") }}
 {{- end }}
+{{- if and $f.redis.tlsFiles.secret (not $f.redis.tls) }}
+{{- include "reelway.fail" (dict "path" "features.redis.tlsFiles.secret" "saw" $f.redis.tlsFiles.secret "expected" "no value, because features.redis.tls is false") }}
+{{- end }}
 {{- include "reelway.checkResources" (dict "of" $f.redis.resources "path" "features.redis.resources") }}
 {{- end }}
 {{- end -}}
