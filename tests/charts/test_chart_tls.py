@@ -58,7 +58,7 @@ def test_named_certificates_are_mounted_in_the_container(environment: str) -> No
     redis = {f"{REDIS}_{file}" for file in ("CA_FILE", "CERT_FILE", "KEY_FILE")}
     for name in ("ray", "stream"):
         assert redis <= {variable for container, variable in hops if container == name}
-    for name in ("ray", "stream", "overlay", "catalogue", "create"):
+    for name in ("ray", "stream", "overlay", "catalogue", "create", "parity"):
         assert (name, f"{KAFKA}_CA_FILE") in hops
     assert {variable for container, variable in hops if container == "ray"} >= RAY - {"RAY_USE_TLS"}
     assert not any(variable == f"{KAFKA}_CERT_FILE" for _, variable in hops)

@@ -63,3 +63,10 @@ def test_unreadable_certificate_names_hop_and_file(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv(f"{TLS_PREFIX}_CA_FILE", str(tmp_path / "ca.crt"))
     with pytest.raises(ConfigError, match=f"Kafka: {tmp_path}/ca.crt: cannot load CA certificates"):
         client_settings()
+
+
+def test_malformed_setting_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SETTINGS_VARIABLE, "sasl.username=u\n\nsasl.password hunter2")
+    with pytest.raises(ConfigError, match="REELWAY_KAFKA_SETTINGS, line 3: saw no name=value") as caught:
+        client_settings()
+    assert "hunter2" not in str(caught.value)

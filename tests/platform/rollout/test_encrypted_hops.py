@@ -124,7 +124,7 @@ def test_alertmanager_and_webhook_exchange_alerts_over_tls(tmp_path: Path, tls: 
         assert dict(polled.labels)["alertname"] == "A"
         with (
             closing(AlertmanagerSettings(url=manager.url, ca_file=tls.ca).source()) as anonymous,
-            pytest.raises(RolloutError, match="SSL.*certificate"),
+            pytest.raises(RolloutError, match=r"SSL.*certificate"),
         ):
             anonymous.poll()
         client.close()

@@ -53,11 +53,12 @@ def client_settings() -> dict[str, Any]:
             a connection without TLS although certificate files are set.
     """
     settings = {}
-    lines = os.environ.get(SETTINGS_VARIABLE, "").splitlines()
-    for line in filter(None, (line.strip() for line in lines)):
+    for number, line in enumerate(os.environ.get(SETTINGS_VARIABLE, "").splitlines(), 1):
         name, separator, value = line.partition("=")
-        if not separator or not name.strip():
-            raise ConfigError(f"{SETTINGS_VARIABLE}: saw {name[:40]!r}, expected lines of name=value")
+        if not line.strip():
+            continue
+        if not separator or not name.strip():  # the line is not shown, because it may contain a password
+            raise ConfigError(f"{SETTINGS_VARIABLE}, line {number}: saw no name=value; write one setting per line")
         settings[name.strip()] = value.strip()
     tls = TlsSettings.from_environment(TLS_PREFIX)
     return {**_tls_settings(tls, settings), **settings} if tls.files else settings
