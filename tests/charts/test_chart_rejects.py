@@ -48,7 +48,7 @@ WRONG: Final[list[tuple[str, Any, str, dict[str, Any]]]] = [
     ("serving.head.tolerations", [{"key": "a", "effect": "Never"}], "NoSchedule", {}),
     ("operator.replicas", 0, "minimum", {}),
     ("operator.prometheusUrl", "prometheus:9090", "https?://", {}),
-    ("operator.prometheusUrl", "http://prometheus.test", "in clear text", {"operator.prometheusAccess.tokenSecret": "t"}),
+    ("operator.prometheusUrl", "http://p.test", "in clear text", {"operator.prometheusAccess.tokenSecret": "t"}),
     ("operator.alertmanagerUrl", "http://10.0.0.1", "in clear text", {"operator.alertmanagerAccess.tokenSecret": "t"}),
     ("features.redis.host", "redis:6379,password=p", "does not match pattern", {}),
     ("features.redis.tlsFiles.secret", "ca", "features.redis.tls is false",

@@ -70,3 +70,10 @@ def test_malformed_setting_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(ConfigError, match="REELWAY_KAFKA_SETTINGS, line 3: saw no name=value") as caught:
         client_settings()
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("address", ["kafka://u:hunter2@kafka:9092/t", "redis://:hunter2@host"])
+def test_address_with_credentials_is_rejected_without_showing_it(address: str) -> None:
+    with pytest.raises(ConfigError, match="REELWAY_KAFKA_SETTINGS") as caught:
+        open_event_log(address)
+    assert "hunter2" not in str(caught.value)

@@ -19,7 +19,6 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 
 from reelway.platform.errors import ConfigError
 
-FILE_FIELDS: Final = ("ca_file", "cert_file", "key_file")
 _LABEL: Final = "[a-z]([-a-z0-9]*[a-z0-9])?"
 _CLUSTER_NAME: Final = re.compile(rf"{_LABEL}|({_LABEL}\.){{2,3}}svc(\.cluster\.local)?")
 """A Service, with or without its namespace; three labels before ``svc`` are a pod of a headless Service."""
@@ -52,10 +51,11 @@ class TlsSettings(BaseModel):
         Raises:
             ConfigError: if only one of certificate and key is set.
         """
-        paths = {name: os.environ.get(f"{prefix}_{name.upper()}") for name in FILE_FIELDS}
-        if bool(paths["cert_file"]) != bool(paths["key_file"]):
-            raise ConfigError(f"{prefix}_CERT_FILE and {prefix}_KEY_FILE: saw one of them, expected both or neither")
-        return cls(**{name: Path(path) for name, path in paths.items() if path})
+        names = [f"{prefix}_{file}" for file in ("CA_FILE", "CERT_FILE", "KEY_FILE")]
+        ca_file, cert_file, key_file = (Path(path) if (path := os.environ.get(name)) else None for name in names)
+        if bool(cert_file) != bool(key_file):
+            raise ConfigError(f"{names[1]} and {names[2]}: saw one of them, expected both or neither")
+        return cls(ca_file=ca_file, cert_file=cert_file, key_file=key_file)
 
     @property
     def files(self) -> tuple[Path, ...]:

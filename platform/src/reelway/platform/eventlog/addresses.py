@@ -31,6 +31,11 @@ def open_event_log(address: str | Path, clock: Callable[[], float] = time.time) 
         StorageError: if the log cannot be opened.
     """
     text = str(address)
+    if "://" in text and "@" in text:  # the address is not shown, because it may contain a password
+        raise ConfigError(
+            f"event log: saw credentials in the address, expected {KAFKA}host:port/topic; put them into "
+            f"{SETTINGS_VARIABLE} (sasl.username, sasl.password)"
+        )
     if not text.startswith(KAFKA):
         if "://" in text:
             raise ConfigError(f"event log {text!r}: expected a path or kafka://host:port/topic")

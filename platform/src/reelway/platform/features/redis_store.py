@@ -29,6 +29,9 @@ class RedisAddressOnlineStoreConfig(RedisOnlineStoreConfig):  # type: ignore[mis
 class RedisAddressOnlineStore(RedisOnlineStore):  # type: ignore[misc]
     """The Redis store with a client for ``address``."""
 
+    _client: Redis | None = None
+    _client_async: redis_asyncio.Redis | None = None
+
     def _get_client(self, online_store_config: RedisAddressOnlineStoreConfig) -> Redis:
         if not self._client:
             self._client = Redis(**client_options(parse_redis_address(online_store_config.address)))
