@@ -16,7 +16,7 @@ if [ -s /run/secrets/pip ]; then
 fi
 if [ "$1" = tools ]; then
     # pip fails if a tool requires a package that is not listed here.
-    python3 dependencies.py --hashed hatchling packaging pathspec pluggy trove-classifiers uv >tools.txt
+    python3 dependencies.py --hashed hatchling packaging pathspec pluggy tomlkit trove-classifiers uv >tools.txt
     exec $pip install -q --require-hashes -r tools.txt
 fi
 if [ ! -s "/opt/reelway/$1.txt" ]; then

@@ -108,6 +108,7 @@ class BrokerTls:
         store = folder / "keystore.pem"
         store.write_bytes(self.server.key.read_bytes() + self.server.cert.read_bytes())
         return {
+            "listener.security.protocol.map": "CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT,SSL:SSL",
             "ssl.keystore.type": "PEM", "ssl.keystore.location": str(store),
             "ssl.truststore.type": "PEM", "ssl.truststore.location": str(self.ca), "ssl.client.auth": "required",
         }  # fmt: skip
