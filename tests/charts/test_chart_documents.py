@@ -19,6 +19,7 @@ from reelway.platform.cli.main import build_app
 from reelway.platform.cluster.operator_settings import OperatorSettings
 from reelway.platform.cluster.ray_service import OPTIONS_DIGEST
 from reelway.platform.cluster.serve_config_reconciler import OPTIONS_KEY, OPTIONS_SUFFIX, digest_of
+from reelway.platform.features.feast_store import online_store_config
 from reelway.platform.rollout.policy import default_policy
 from reelway.platform.rollout.rules import canary_rules
 from reelway.platform.rollout.traffic.routing import Routing
@@ -172,10 +173,7 @@ def test_feast_config_contains_no_password() -> None:
     config = yaml.safe_load(
         named(rendered("dev", "redis-external"), "ConfigMap", "-features")["data"]["feature_store.yaml"]
     )
-    assert config["online_store"]["type"] == "redis"
-    host, password, *options = config["online_store"]["connection_string"].split(",")
-    assert (host, password) == ("redis.test:6379", "password=${REDIS_PASSWORD}")
-    assert "ssl=true" in options
+    assert config["online_store"] == online_store_config("rediss://redis.test:6379/0")
 
 
 def parity_container(found: tuple[Document, ...]) -> Document | None:

@@ -123,6 +123,13 @@
 {{- if and $v.serving.httpRoute.enabled (not $v.serving.httpRoute.parentRefs) }}
 {{- include "reelway.fail" (dict "path" "serving.httpRoute.parentRefs" "saw" list "expected" "at least one Gateway, because serving.httpRoute.enabled is true") }}
 {{- end }}
+{{- /* The operator refuses this too: a token must not leave the cluster in clear text. */}}
+{{- range $name := list "prometheus" "alertmanager" }}
+{{- $url := get $v.operator (printf "%sUrl" $name) }}
+{{- if and (get $v.operator (printf "%sAccess" $name)).tokenSecret (hasPrefix "http://" $url) (not (regexMatch `^http://([a-z][-a-z0-9]*|[a-z][-a-z0-9.]+\.svc(\.cluster\.local)?)(:[0-9]+)?(/.*)?$` $url)) }}
+{{- include "reelway.fail" (dict "path" (printf "operator.%sUrl" $name) "saw" $url "expected" "https://, because the bearer token of its tokenSecret would leave the cluster in clear text; a service of the cluster is NAME.NAMESPACE.svc") }}
+{{- end }}
+{{- end }}
 {{- range $path, $env := dict "serving.env" $v.serving.env "operator.env" $v.operator.env }}
 {{- range $name := list "RAY_AUTH_TOKEN" "REELWAY_TOKEN_SECRET" "REELWAY_WEBHOOK_TOKEN" "REDIS_PASSWORD" "AWS_SECRET_ACCESS_KEY" }}
 {{- if hasKey $env $name }}
@@ -188,6 +195,9 @@
 {{- end }}
 {{- if and (eq $f.redis.mode "bundled") $f.redis.tls }}
 {{- include "reelway.fail" (dict "path" "features.redis.tls" "saw" true "expected" "false, because features.redis.mode is bundled; an external Redis may have TLS") }}
+{{- end }}
+{{- if and $f.redis.tlsFiles.secret (not $f.redis.tls) }}
+{{- include "reelway.fail" (dict "path" "features.redis.tlsFiles.secret" "saw" $f.redis.tlsFiles.secret "expected" "no value, because features.redis.tls is false") }}
 {{- end }}
 {{- include "reelway.checkResources" (dict "of" $f.redis.resources "path" "features.redis.resources") }}
 {{- end }}

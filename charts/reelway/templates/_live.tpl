@@ -22,6 +22,7 @@
 - name: REELWAY_KAFKA_SETTINGS
   valueFrom: {secretKeyRef: {name: {{ . }}, key: settings}}
 {{- end }}
+{{- include "reelway.tlsEnv" (dict "prefix" "REELWAY_KAFKA" "folder" "kafka" "tls" .Values.eventLog.tlsFiles) }}
 {{- end }}
 {{- end -}}
 

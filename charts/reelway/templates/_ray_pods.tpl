@@ -88,11 +88,9 @@ RAY_worker_niceness: "0"
   valueFrom: {{- include "reelway.secretKey" (dict "context" . "key" "auth_token") | nindent 4 }}
 - name: REELWAY_TOKEN_SECRET
   valueFrom: {{- include "reelway.secretKey" (dict "context" . "key" "impression-tokens") | nindent 4 }}
-{{- if eq .Values.features.type "redis" }}
-- name: REDIS_PASSWORD
-  valueFrom: {{- include "reelway.secretKey" (dict "context" . "key" "redis-password") | nindent 4 }}
-{{- end }}
+{{- include "reelway.redisEnv" . }}
 {{- include "reelway.kafkaEnv" . }}
+{{- include "reelway.rayTlsEnv" . }}
 {{- include "reelway.storeEnv" . }}
 {{- end -}}
 
@@ -107,6 +105,8 @@ RAY_worker_niceness: "0"
 {{- if eq .context.Values.features.type "redis" }}
 - {name: features, mountPath: /etc/reelway/features, readOnly: true}
 {{- end }}
+{{- include "reelway.tlsMounts" (dict "context" .context "hops" (list "redis" "kafka")) }}
+{{- include "reelway.rayTlsMounts" .context }}
 {{- if eq .role "head" }}
 - {name: state, mountPath: /var/lib/reelway/state}
 {{- end }}
@@ -124,6 +124,8 @@ RAY_worker_niceness: "0"
 {{- if eq $v.features.type "redis" }}
 - {name: features, configMap: {name: {{ include "reelway.fullname" .context }}-features}}
 {{- end }}
+{{- include "reelway.tlsVolumes" (dict "context" .context "hops" (list "redis" "kafka")) }}
+{{- include "reelway.rayTlsVolumes" .context }}
 {{- if eq .role "head" }}
 - name: state
 {{- if and $v.serving.outcomes.enabled $v.serving.outcomes.persistence.enabled }}
@@ -239,6 +241,7 @@ priorityClassName: {{ . }}
 {{- include "reelway.scheduling" (dict "of" .group) }}
 volumes:
   {{- include "reelway.rayVolumes" . | nindent 2 }}
+{{- include "reelway.rayTlsInit" (dict "context" .context "image" $v.image.serving) }}
 {{- end -}}
 
 {{- define "reelway.servingPriority" -}}

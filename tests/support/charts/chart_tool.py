@@ -97,6 +97,25 @@ COMPONENTS: Final[dict[str, Document]] = {
     "no-service": {"serving": {"enabled": False}, "releases": {"initial": ""}},
     "no-test": {"tests": {"enabled": False}},
     "secrets": {"secrets": {"generate": True, "name": ""}},
+    "tls": {
+        "ray": {"tls": {"caSecret": "ray-ca"}, "autoscaling": {"enabled": True}},
+        "operator": {
+            "webhookTls": {"secret": "webhook-tls"},
+            "prometheusUrl": "https://prometheus.test",
+            "prometheusAccess": {"tokenSecret": "p", "caConfigMap": "ca", "clientSecret": "pc", "serverName": "p.test"},
+            "alertmanagerUrl": "https://alertmanager.test", "alertmanagerAccess": {"clientSecret": "ac"},
+        },
+        "features": {
+            **_REDIS,
+            "redis": {
+                "mode": "external", "host": "redis.test", "tls": True,
+                "tlsFiles": {"secret": "redis-tls", "clientCertificate": True},
+            },
+        },
+        "eventLog": {"address": "kafka://kafka.test:9093", "tlsFiles": {"secret": "kafka-tls"}},
+        "jobs": {"runsClaim": "runs", "features": {"enabled": True}, "train": {"enabled": True, "workers": 2}},
+        "monitoring": {**_RULES, "alertmanagerConfig": {"enabled": True}},
+    },
     "ray-autoscaling": {"ray": {"autoscaling": {"enabled": True}}},
 }  # fmt: skip
 COMBINATIONS: Final = [(environment, component) for environment in ENVIRONMENT_FILES for component in COMPONENTS]

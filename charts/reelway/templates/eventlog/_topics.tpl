@@ -11,6 +11,7 @@ spec:
   {{- include "reelway.pullSecrets" . | nindent 2 }}
   volumes:
     - {name: tmp, emptyDir: {sizeLimit: 64Mi}}
+    {{- include "reelway.tlsVolumes" (dict "context" . "hops" (list "kafka")) | nindent 4 }}
   containers:
     - name: create
       image: {{ include "reelway.image" (dict "context" . "of" .Values.image.operator) }}
@@ -30,4 +31,5 @@ spec:
       resources: {{- toYaml $e.creator.resources | nindent 8 }}
       volumeMounts:
         - {name: tmp, mountPath: /tmp}
+        {{- include "reelway.tlsMounts" (dict "context" . "hops" (list "kafka")) | nindent 8 }}
 {{- end -}}

@@ -84,6 +84,9 @@ spec:
     {{- if $v.jobs.signingSecret }}
     - {name: signing, secret: {secretName: {{ $v.jobs.signingSecret }}}}
     {{- end }}
+    {{- include "reelway.tlsVolumes" (dict "context" .context "hops" (list "redis")) | nindent 4 }}
+    {{- include "reelway.rayTlsVolumes" .context | nindent 4 }}
+  {{- include "reelway.rayTlsInit" (dict "context" .context "image" $v.image.training) | nindent 2 }}
   containers:
     - name: ray
       image: {{ include "reelway.image" (dict "context" .context "of" $v.image.training) }}
@@ -93,10 +96,10 @@ spec:
         - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
         {{- if eq $v.features.type "redis" }}
         - name: REELWAY_ONLINE_STORE
-          value: {{ printf "%s://%s:%v" (ternary "rediss" "redis" $v.features.redis.tls) (include "reelway.redisHost" .context) $v.features.redis.port }}
-        - name: REDIS_PASSWORD
-          valueFrom: {{- include "reelway.secretKey" (dict "context" .context "key" "redis-password") | nindent 12 }}
+          value: {{ include "reelway.redisAddress" .context | quote }}
         {{- end }}
+        {{- include "reelway.redisEnv" .context | nindent 8 }}
+        {{- include "reelway.rayTlsEnv" .context | nindent 8 }}
         {{- include "reelway.storeEnv" .context | nindent 8 }}
       {{- include "reelway.rayNodeProbes" 52365 | nindent 6 }}
       resources:
@@ -119,6 +122,8 @@ spec:
         {{- if $v.jobs.signingSecret }}
         - {name: signing, mountPath: /etc/reelway/signing, readOnly: true}
         {{- end }}
+        {{- include "reelway.tlsMounts" (dict "context" .context "hops" (list "redis")) | nindent 8 }}
+        {{- include "reelway.rayTlsMounts" .context | nindent 8 }}
 {{- end -}}
 
 {{/* The pod that submits the job and follows its log. KubeRay sets Ray's address, the job's id and Ray's token. KubeRay's

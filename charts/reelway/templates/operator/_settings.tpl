@@ -6,6 +6,10 @@ webhook:
   host: 0.0.0.0
   port: {{ $v.operator.port }}
   token_file: /etc/reelway/tokens/webhook
+  {{- if $v.operator.webhookTls.secret }}
+  cert_file: /etc/reelway/tls/webhook/tls.crt
+  key_file: /etc/reelway/tls/webhook/tls.key
+  {{- end }}
 lease:
   name: {{ include "reelway.fullname" . }}-operator
 ray:
@@ -28,11 +32,27 @@ alertmanager:
   {{- include "reelway.operatorSource" (dict "name" "alertmanager" "url" $v.operator.alertmanagerUrl "access" $v.operator.alertmanagerAccess) | nindent 2 }}
 {{- end -}}
 
+{{/* Scheme of the operator's port, which is also the one of its probes. */}}
+{{- define "reelway.webhookScheme" -}}
+{{- if .Values.operator.webhookTls.secret }}HTTPS{{ else }}HTTP{{ end -}}
+{{- end -}}
+
+{{/* How Prometheus and Alertmanager verify the operator's certificate; empty without one. */}}
+{{- define "reelway.webhookTlsConfig" -}}
+{{- with .Values.operator.webhookTls.secret -}}
+ca: {secret: {name: {{ . }}, key: ca.crt}}
+serverName: {{ include "reelway.fullname" $ }}-operator.{{ $.Release.Namespace }}.svc
+{{- end -}}
+{{- end -}}
+
 {{/* URL and credentials of Prometheus or Alertmanager. null selects the operator's default. */}}
 {{- define "reelway.operatorSource" -}}
 url: {{ .url | default nil | toJson }}
 token_file: {{ ternary (printf "/etc/reelway/monitoring/%s.token" .name) nil (not (empty .access.tokenSecret)) | toJson }}
 ca_file: {{ ternary (printf "/etc/reelway/monitoring/%s.ca.crt" .name) nil (not (empty .access.caConfigMap)) | toJson }}
+cert_file: {{ ternary (printf "/etc/reelway/monitoring/%s.tls.crt" .name) nil (not (empty .access.clientSecret)) | toJson }}
+key_file: {{ ternary (printf "/etc/reelway/monitoring/%s.tls.key" .name) nil (not (empty .access.clientSecret)) | toJson }}
+server_name: {{ .access.serverName | quote }}
 {{- end -}}
 
 {{/* Volume sources of the credentials for Prometheus and Alertmanager; empty if both need none. */}}
@@ -45,6 +65,9 @@ ca_file: {{ ternary (printf "/etc/reelway/monitoring/%s.ca.crt" .name) nil (not 
 {{- end }}
 {{- with $access.caConfigMap }}
 - configMap: {name: {{ . }}, items: [{key: ca.crt, path: {{ $name }}.ca.crt}]}
+{{- end }}
+{{- with $access.clientSecret }}
+- secret: {name: {{ . }}, items: [{key: tls.crt, path: {{ $name }}.tls.crt}, {key: tls.key, path: {{ $name }}.tls.key}]}
 {{- end }}
 {{- end }}
 {{- end -}}

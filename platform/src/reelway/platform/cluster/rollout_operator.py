@@ -56,7 +56,8 @@ def run_operator(api: KubeApi, settings: OperatorSettings, stop: threading.Event
         stack.enter_context(stopped_by_signals(stop.set))
         operator = RolloutOperator(api, settings)
         application = operator_application(operator, ensure_bearer_token(settings.webhook.token_file), operator.metrics)
-        url = stack.enter_context(serve_in_thread(application, settings.webhook.host, settings.webhook.port))
+        webhook = settings.webhook
+        url = stack.enter_context(serve_in_thread(application, webhook.host, webhook.port, webhook.certificate()))
         log.info("operator of namespace %s: started, webhook at %s", api.namespace, url)
         operator.run(stop)
     log.info("operator of namespace %s: stopped", api.namespace)

@@ -133,7 +133,7 @@ def open_viewer_memory(store: FeatureStore) -> ViewerMemory:
     from feast.infra.online_stores.redis import RedisOnlineStore
 
     online = store._get_provider().online_store
-    if type(online) is RedisOnlineStore:
+    if isinstance(online, RedisOnlineStore):
         from reelway.platform.features.viewer_memory_redis import RedisViewerMemory
 
         return RedisViewerMemory(online._get_client(store.config.online_store))

@@ -69,7 +69,9 @@ class ViewerRowReader:
         online = store._get_provider().online_store
         self._stored: Callable[[EntityKey], Stored]
         self._stored = (
-            _RedisHashReader(store, online, views) if type(online) is RedisOnlineStore else _PerViewReader(store, views)
+            _RedisHashReader(store, online, views)
+            if isinstance(online, RedisOnlineStore)
+            else _PerViewReader(store, views)
         )
         self._empty = {name: None for _, fields in views for name in fields}
         self._memory = memory

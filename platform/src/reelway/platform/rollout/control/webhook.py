@@ -26,6 +26,7 @@ from reelway.platform.errors import ConfigError, DataError, ReelwayError
 from reelway.platform.request_body import BodyLimit, RequestBodyError, read_body
 from reelway.platform.rollout.alerts import KnownAlert, parse_alerts, parse_webhook
 from reelway.platform.rollout.control.controller_metrics import ControllerMetrics
+from reelway.platform.tls import ServerCertificate
 
 log = logging.getLogger(__name__)
 
@@ -103,12 +104,18 @@ def webhook_application(
 
 
 @contextmanager
-def serve_in_thread(application: Starlette, host: str, port: int) -> Iterator[str]:
+def serve_in_thread(
+    application: Starlette, host: str, port: int, certificate: ServerCertificate | None = None
+) -> Iterator[str]:
     """Serves an application in a thread of this process. Yields its URL; ``port`` 0 chooses a free one.
 
+    Args:
+        certificate: serves HTTPS alone; by default HTTP.
+
     Raises:
-        ConfigError: if the process cannot listen at the address.
+        ConfigError: if the process cannot listen at the address, or the certificate cannot be read.
     """
+    tls = certificate.context("webhook", _report_certificate) if certificate else None
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -122,16 +129,22 @@ def serve_in_thread(application: Starlette, host: str, port: int) -> Iterator[st
             application, log_config=None, log_level="warning", access_log=False, lifespan="off", timeout_keep_alive=30,
             timeout_graceful_shutdown=2,
         )  # fmt: skip
+        config.load()
+        config.ssl = tls
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="webhook", daemon=True)
         listening.listen(128)
         thread.start()
         try:
             shown = f"[{host}]" if family is socket.AF_INET6 else host
-            yield f"http://{shown}:{listening.getsockname()[1]}"
+            yield f"{'https' if tls else 'http'}://{shown}:{listening.getsockname()[1]}"
         finally:
             server.should_exit = True
             thread.join(_STARTUP_TIMEOUT_S)
+
+
+def _report_certificate(error: ConfigError) -> None:
+    log.error("certificate not renewed: %s", error)
 
 
 def _has_token(request: Request, token: str) -> bool:
