@@ -215,6 +215,8 @@ REFUSED: Final[list[tuple[str, Any, str]]] = [
     (f"{HEAD}.rayStartParams.temp-dir", "/var/lib/reelway/volume", "rayStartParams.temp-dir"),
     (f"{WORKERS}.rayStartParams.num-cpus", "0; id", "num-cpus"),
     # What KubeRay would do with the job.
+    ("metadata.generateName", "rw-reelway-topics-", "metadata.name"),
+    ("metadata.name", "rw-reelway-router", "metadata.name"),
     ("spec.runtimeEnvYAML", "pip: [evil]", "spec.runtimeEnvYAML"),
     ("spec.clusterSelector", {"ray.io/cluster": "rw-reelway"}, "spec.clusterSelector"),
     ("spec.submissionMode", "SidecarMode", "spec.submissionMode"),

@@ -31,5 +31,5 @@ What the policy compares a RayJob of one kind with: the template, and the comman
 {{- define "reelway.wantedJob" -}}
 {{- $job := mergeOverwrite (deepCopy .context.Values.jobs.defaults) (get .context.Values.jobs .kind) -}}
 {{- $template := include "reelway.rayJob" . | fromYaml -}}
-{{- dict "labels" $template.metadata.labels "spec" $template.spec "command" (include "reelway.shellWords" $job.command) | toJson -}}
+{{- dict "name" $template.metadata.generateName "labels" $template.metadata.labels "spec" $template.spec "command" (include "reelway.shellWords" $job.command) | toJson -}}
 {{- end -}}
