@@ -21,7 +21,7 @@ def test_serve_answers_over_both_families() -> None:
     command = [sys.executable, "-m", "tests.support.serving.serve_at_host", serve_host("*")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=170, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == ["200", "200"]
+    assert done.stdout.split()[:2] == ["200", "200"]  # Ray prints more when it ends
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "10.0.0.5"])
