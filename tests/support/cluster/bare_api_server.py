@@ -5,12 +5,13 @@ No controller and no kubelet runs: nothing is scheduled, and a deleted namespace
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Final
@@ -42,13 +43,13 @@ def bare_api_server(folder: Path) -> Iterator[Path]:
     (folder / "tokens.csv").write_text(f'{ADMIN_TOKEN},admin,1,"system:masters"\n')
     client, peer = f"http://127.0.0.1:{etcd_port}", f"http://127.0.0.1:{peer_port}"
     with ExitStack() as stack:
-        stack.enter_context(_process(folder, "etcd", [
+        stack.enter_context(running_process(folder, "etcd", [
             "etcd", f"--data-dir={folder}/etcd", f"--listen-client-urls={client}", f"--advertise-client-urls={client}",
             f"--listen-peer-urls={peer}", f"--initial-advertise-peer-urls={peer}", f"--initial-cluster=default={peer}",
             "--unsafe-no-fsync",
         ]))  # fmt: skip
         _wait_for(folder, "etcd", lambda: _answers(f"{client}/health"))
-        stack.enter_context(_process(folder, "kube-apiserver", [
+        stack.enter_context(running_process(folder, "kube-apiserver", [
             str(NODE / "bin" / "kube-apiserver"), f"--etcd-servers={client}", "--bind-address=127.0.0.1",
             "--advertise-address=127.0.0.1", "--endpoint-reconciler-type=none", f"--secure-port={port}",
             f"--tls-cert-file={folder}/server.crt", f"--tls-private-key-file={folder}/server.key",
@@ -76,9 +77,15 @@ def _kubeconfig(folder: Path, port: int) -> dict[str, object]:
 
 
 @contextmanager
-def _process(folder: Path, name: str, command: list[str]) -> Iterator[None]:
+def running_process(
+    folder: Path, name: str, command: list[str], environment: Mapping[str, str] | None = None
+) -> Iterator[None]:
+    """Runs a program for the block. Its output goes to ``name.log`` in the folder."""
     with (folder / f"{name}.log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=folder)
+        process = subprocess.Popen(
+            command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=folder,
+            env={**os.environ, **(environment or {})},
+        )  # fmt: skip
         try:
             yield
         finally:
