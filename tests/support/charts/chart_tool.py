@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import shutil
 import subprocess
 import tempfile
@@ -130,13 +131,15 @@ def program(name: str) -> str:
     return found
 
 
-def helm_template(values: Document, *files: Path, arguments: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+def helm_template(
+    values: Document, *files: Path, arguments: tuple[str, ...] = (), release: str = "rw", chart: Path = CHART
+) -> subprocess.CompletedProcess[str]:
     """Runs ``helm template`` with values files and these values over them."""
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as last:
-        yaml.safe_dump(values, last)
+        json.dump(values, last)  # JSON is YAML; PyYAML would not quote the text 1e3, which Helm reads as a number
         last.flush()
         named = [part for file in (*files, Path(last.name)) for part in ("--values", str(file))]
-        command = [program("helm"), "template", "rw", str(CHART), "--namespace", "reelway", *named, *arguments]
+        command = [program("helm"), "template", release, str(chart), "--namespace", "reelway", *named, *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
 

@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from reelway.platform.errors import ConfigError
+from reelway.platform.listen_address import all_interfaces
 from reelway.serving.metrics import FOLDER_VARIABLE, multiprocess_dir
 
 
@@ -40,7 +41,7 @@ def main() -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    server, thread = start_http_server(options.port, registry=pod_registry())
+    server, thread = start_http_server(options.port, all_interfaces(), registry=pod_registry())
     stop.wait()
     server.shutdown()
     thread.join()

@@ -30,6 +30,7 @@ from reelway.platform.errors import ConfigError, FeatureError, ServingError
 from reelway.platform.rollout.traffic.serving_options import Composition
 from reelway.platform.run_directory import RunDirectory
 from reelway.serving.free_ports import check_port_free, find_free_port
+from reelway.serving.serve_settings import serve_host
 
 if TYPE_CHECKING:
     from reelway.platform.release.verify import VerifiedRelease
@@ -59,7 +60,7 @@ def serve(
         help="Release id or a unique prefix of one, 'latest', or 'live': the release that the last rollout left live, "
         "or the latest if there was no rollout.",
     ),
-    host: str = typer.Option("127.0.0.1", help="IP address to listen on; 0.0.0.0 listens on all interfaces."),
+    host: str = typer.Option("127.0.0.1", help="IP address to listen on; * listens on all interfaces."),
     port: int = typer.Option(8000, min=0, max=65535, help="Port to listen on; 0 chooses a free port."),
     composition: Composition = typer.Option(
         "staged",
@@ -113,6 +114,7 @@ def serve(
                 f"--max-ongoing-sustained {max_ongoing_sustained}: larger than --max-ongoing-requests "
                 f"{max_ongoing_requests}; lower it"
             )
+        host = serve_host(host)
         port = find_free_port(host) if port == 0 else check_port_free(host, port)
         from reelway.platform.rollout.traffic.routing import Routing
         from reelway.platform.rollout.traffic.serving_options import Deployments, ReleaseStoreArgs, ServingOptions

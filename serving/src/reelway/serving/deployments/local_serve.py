@@ -21,6 +21,7 @@ import httpx
 
 from reelway.platform.atomic_files import ensure_private_token
 from reelway.platform.errors import ServingError
+from reelway.platform.listen_address import url_host
 from reelway.platform.rollout.traffic.routing import Routing
 from reelway.platform.rollout.traffic.serve_config import compose_serve_config
 from reelway.platform.rollout.traffic.serving_options import ServingOptions
@@ -56,7 +57,7 @@ def running_service(routing: Routing, options: ServingOptions, token: Path) -> I
     with tempfile.TemporaryDirectory(prefix="reelway-") as socket_dir:  # the path of a socket must be short
         authentication = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
         with _environment({**haproxy_paths_and_ports(Path(socket_dir)), **authentication}), _local_ray() as serve_api:
-            addresses = ServiceAddresses(f"http://{options.host}:{options.port}", serve_api, token)
+            addresses = ServiceAddresses(f"http://{url_host(options.host)}:{options.port}", serve_api, token)
             deploy(addresses, compose_serve_config(options, routing.releases, routing))
             yield addresses
 
