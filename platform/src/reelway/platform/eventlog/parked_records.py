@@ -6,7 +6,8 @@ records are deleted first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -23,6 +24,7 @@ _FORMAT: Final = SqliteFormat(
                payload BLOB NOT NULL, UNIQUE (log, "partition", offset))""",
     ),
 )
+_COLUMNS: Final = 'log, "partition", offset, time_us, kind, reason, payload'
 MAX_RECORDS: Final = 10_000
 MAX_BYTES: Final = 64 << 20
 MAX_REASON_CHARACTERS: Final = 500
@@ -72,13 +74,28 @@ class ParkedRecords:
                 (self._max_bytes, self._max_records),
             )
 
+    def count(self, concerns: Callable[[ParkedRecord], bool]) -> int:
+        """Returns the number of parked records for which ``concerns`` returns True."""
+        with self._file.reading() as db:
+            return sum(concerns(record) for _, record in _numbered(db))
+
+    def delete(self, concerns: Callable[[ParkedRecord], bool]) -> int:
+        """Deletes the parked records for which ``concerns`` returns True, for good. Returns their number."""
+        with self._file.erasing() as db:
+            numbers = [(number,) for number, record in _numbered(db) if concerns(record)]
+            db.executemany("DELETE FROM parked WHERE number = ?", numbers)
+        self._file.truncate_wal()
+        return len(numbers)
+
     def records(self) -> list[ParkedRecord]:
         """All parked records, oldest first."""
         with self._file.reading() as db:
-            rows = db.execute(
-                'SELECT log, "partition", offset, time_us, kind, reason, payload FROM parked ORDER BY number'
-            ).fetchall()
-        return [ParkedRecord(*row) for row in rows]
+            return [record for _, record in _numbered(db)]
 
     def close(self) -> None:
         self._file.close()
+
+
+def _numbered(db: sqlite3.Connection) -> Iterator[tuple[int, ParkedRecord]]:
+    for number, *columns in db.execute(f"SELECT number, {_COLUMNS} FROM parked ORDER BY number"):
+        yield number, ParkedRecord(*columns)

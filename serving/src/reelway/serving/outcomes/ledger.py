@@ -98,11 +98,13 @@ class Ledger:
         exposures: Sequence[ExposureRows],
         outcomes: Sequence[OutcomeRows],
         positions: Mapping[str, Offsets],
+        erased: I64 | None = None,
     ) -> list[I64]:
         """Counts everything in one transaction. Returns the status of each outcome as ``RECEIVED_OUTCOMES`` codes.
 
         Args:
             positions: log -> the offsets after these rows, stored in the same transaction.
+            erased: viewers whose totals are deleted. The sums of their arms stay; they do not identify anybody.
 
         Raises:
             StorageError: if the transaction fails; nothing was counted.
@@ -117,6 +119,8 @@ class Ledger:
                     parts.append(part)
             if parts:
                 self._update_totals(parts)
+            if erased is not None and len(erased):
+                self._store.erase_viewers(erased)
             for log, position in positions.items():
                 self._store.write_position(log, position)
         return statuses
