@@ -93,3 +93,13 @@ def test_running_collector_erases_what_the_log_names(run: RunDirectory, collecto
 
 def test_missing_file_is_no_store(run: RunDirectory) -> None:
     assert list(erase_outcome_store(ErasureRequest(run, (3,)))) == []
+
+
+def test_totals_of_an_old_rollout_expire_and_sums_stay(collector: OutcomeCollector) -> None:
+    sums = collector._ledger.snapshot.sums
+    assert collector._ledger.clean(NOW + 29 * 86_400, 5_000) > 0, "slates and counted types"
+    assert collector._store.count_viewers(ERASED) == 2
+    collector._ledger.clean(NOW + 31 * 86_400, 5_000)
+    assert collector._store.count_viewers(ERASED) == 0
+    assert collector._ledger.snapshot.sums.keys() == sums.keys()
+    assert all((collector._ledger.snapshot.sums[arm] == sums[arm]).all() for arm in sums)

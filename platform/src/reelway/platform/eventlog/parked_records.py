@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from reelway.platform.retention import DAY_S, retention
 from reelway.platform.sqlite_file import SqliteFile, SqliteFormat
 
 _FORMAT: Final = SqliteFormat(
@@ -48,15 +49,24 @@ class ParkedRecords:
     Args:
         max_records: parked records beyond which the oldest are deleted.
         max_bytes: sum of the payloads' bytes beyond which the oldest are deleted.
+        retain_s: how much older than the newest record a record may be; by default ``retention`` says so.
 
     Raises:
         MalformedFileError: if the file is not one of parked records.
         StorageError: if it cannot be opened or written. ``park`` raises these two as well.
     """
 
-    def __init__(self, path: Path, *, max_records: int = MAX_RECORDS, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        max_records: int = MAX_RECORDS,
+        max_bytes: int = MAX_BYTES,
+        retain_s: float | None = None,
+    ) -> None:
         self._file = SqliteFile(path, _FORMAT)
         self._max_records, self._max_bytes = max_records, max_bytes
+        self._retain_s = retention().parked_days * DAY_S if retain_s is None else retain_s
 
     def park(self, records: Sequence[ParkedRecord]) -> None:
         """Stores records that are not yet parked."""
@@ -67,6 +77,8 @@ class ParkedRecords:
                 " VALUES (?, ?, ?, ?, ?, ?, ?)",
                 rows,
             )
+            newest_us = max((record.time_us for record in rows), default=0)
+            db.execute("DELETE FROM parked WHERE time_us < ?", (newest_us - int(self._retain_s * 1e6),))
             db.execute(
                 "DELETE FROM parked WHERE number IN (SELECT number FROM (SELECT number,"
                 " sum(length(payload)) OVER newest_first AS bytes, row_number() OVER newest_first AS records"

@@ -15,6 +15,7 @@ import yaml
 
 from reelway.platform.atomic_files import atomic_file
 from reelway.platform.errors import ConfigError, FeatureError
+from reelway.platform.retention import DAY_S, retention
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -46,7 +47,8 @@ def online_store_config(address: str) -> dict[str, Any]:
         connection += f",password=${{{PASSWORD_VARIABLE}}}" * (PASSWORD_VARIABLE in os.environ)
         # skip_dedup: a materialisation writes complete rows of one time, so the last write is correct. Feast's
         # check would drop a corrected row of the same time.
-        return {"type": "redis", "connection_string": connection, "skip_dedup": True}
+        ttl_s = int(retention().online_row_days * DAY_S)
+        return {"type": "redis", "connection_string": connection, "skip_dedup": True, "key_ttl_seconds": ttl_s}
     raise ConfigError(
         f"online store {address!r}: expected 'sqlite', 'redis://host:port' or 'rediss://host:port'; set "
         f"{ONLINE_STORE_VARIABLE}"

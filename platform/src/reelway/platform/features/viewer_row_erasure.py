@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from reelway.platform.errors import FeatureError
@@ -46,6 +48,41 @@ def viewer_views(store: FeatureStore) -> list[FeatureView]:
     return [view for view in store.list_feature_views() if view.join_keys == [VIEWER_KEY]]
 
 
+def delete_old_viewer_rows(store: FeatureStore, older_than: datetime) -> int:
+    """Deletes rows of viewers that are older than a time from an online store in SQLite. Returns their number.
+
+    Redis lets rows expire itself (``key_ttl_seconds``).
+
+    Raises:
+        FeatureError: if the store cannot be written.
+    """
+    from feast.infra.online_stores.sqlite import SqliteOnlineStore
+
+    online = store._get_provider().online_store
+    if type(online) is not SqliteOnlineStore:
+        return 0
+    connection, deleted = online._get_conn(store.config), 0
+    try:
+        with connection:
+            for table in _sqlite_tables(store):
+                limit = (older_than.astimezone(UTC).replace(tzinfo=None).isoformat(" "),)
+                (found,) = connection.execute(
+                    f'SELECT count(DISTINCT entity_key) FROM "{table}" WHERE event_ts < ?', limit
+                ).fetchone()
+                connection.execute(f'DELETE FROM "{table}" WHERE event_ts < ?', limit)
+                deleted += found
+    except sqlite3.Error as error:
+        raise FeatureError(f"online store: cannot delete old rows: {error}") from error
+    return deleted
+
+
+def _sqlite_tables(store: FeatureStore) -> list[str]:
+    from feast.infra.online_stores.sqlite import _table_id
+
+    versioning = store.config.registry.enable_online_feature_view_versioning
+    return [_table_id(store.config.project, view, versioning) for view in viewer_views(store)]
+
+
 def _erase_in_redis(store: FeatureStore, online: Any, viewer_ids: Sequence[int], dry_run: bool) -> int:
     client = online._get_client(store.config.online_store)
     keys = online._generate_redis_keys_for_entities(store.config, [entity_key(viewer) for viewer in viewer_ids])
@@ -60,7 +97,6 @@ def _erase_in_redis(store: FeatureStore, online: Any, viewer_ids: Sequence[int],
 
 def _erase_in_sqlite(store: FeatureStore, online: Any, viewer_ids: Sequence[int], dry_run: bool) -> int:
     from feast.infra.key_encoding_utils import serialize_entity_key
-    from feast.infra.online_stores.sqlite import _table_id
 
     config = store.config
     connection = online._get_conn(config)
@@ -70,14 +106,10 @@ def _erase_in_sqlite(store: FeatureStore, online: Any, viewer_ids: Sequence[int]
         )
         for viewer in viewer_ids
     ]
-    tables = [
-        _table_id(config.project, view, config.registry.enable_online_feature_view_versioning)
-        for view in viewer_views(store)
-    ]
     found = 0
     connection.execute("PRAGMA secure_delete = ON")
     with connection:
-        for table in tables:
+        for table in _sqlite_tables(store):
             for key in keys:
                 known = connection.execute(f'SELECT 1 FROM "{table}" WHERE entity_key = ? LIMIT 1', (key,)).fetchone()
                 found += known is not None

@@ -227,6 +227,13 @@ class OutcomeStore:
         keys = json.dumps(_keys_on_all_arms(viewer_ids))
         return self._db.execute("DELETE FROM viewers WHERE id IN (SELECT value FROM json_each(?))", (keys,)).rowcount
 
+    def delete_totals(self, arm: ArmRow, limit: int) -> int:
+        """Deletes the totals of at most ``limit`` viewers of an arm, whose sums stay. Returns their number."""
+        return self._db.execute(
+            "DELETE FROM viewers WHERE id IN (SELECT id FROM viewers WHERE id BETWEEN ? AND ? LIMIT ?)",
+            (*_viewer_range(arm.id), limit),
+        ).rowcount
+
     def read_counted_types(self, hour: int, impression_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Bits of the outcome types already counted for these ascending impressions of one hour."""
         counted = self._db.execute(
