@@ -249,9 +249,8 @@ def test_logs_of_all_processes_show_no_viewer_id(service: Running) -> None:
     viewer = 7_777_777_777_777_777
     memory = SqliteViewerMemory(service.run / "features" / MEMORY_FILE)
     with memory._written.writing() as db:
-        db.execute(
-            "INSERT INTO watched VALUES (?, ?, ?)", [viewer, generation_at(time.time()), bytes(FILTER_BYTES + 1)]
-        )
+        damaged = [viewer, generation_at(time.time()), bytes(FILTER_BYTES + 1)]
+        db.execute("INSERT INTO watched VALUES (?, ?, ?)", damaged)
     memory.close()
     assert service.ask(viewer=viewer)["videos"]
     router = Path(f"/proc/{service.replica_of('Router').pid}/fd/2").resolve()

@@ -39,7 +39,7 @@ def immediate_transaction(db: sqlite3.Connection) -> Iterator[None]:
 def is_held_elsewhere(error: StorageError) -> bool:
     """Returns whether a ``SqliteFile`` raised the error because another process holds the file."""
     cause = error.__cause__
-    return isinstance(cause, sqlite3.OperationalError) and cause.sqlite_errorcode == sqlite3.SQLITE_BUSY
+    return isinstance(cause, sqlite3.OperationalError) and cause.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from reelway.pipelines.datasets.store import INFO_FILE
 from reelway.platform.atomic_files import atomic_file, write_json
 from reelway.platform.contracts.events import DATASET_TABLES
 from reelway.platform.erasure.request import ErasedStore, ErasureRequest, erased_store
-from reelway.platform.errors import MalformedFileError
+from reelway.platform.errors import MalformedFileError, StorageError
 from reelway.platform.eventlog.erasures import rows_kept
 
 BATCH_ROWS: Final = 65_536
@@ -77,6 +77,8 @@ def erase_from_file(path: Path, viewer_ids: NDArray[np.int64], *, dry_run: bool 
                         writer.write_batch(rest)
     except pa.ArrowInvalid as error:
         raise MalformedFileError(path, "a readable Parquet file; delete it or restore it", seen=str(error)) from error
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read or written: {error}; run the command again") from error
     return found
 
 

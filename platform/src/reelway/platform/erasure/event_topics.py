@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -48,7 +49,7 @@ def erase_from_topics(request: ErasureRequest) -> Iterator[ErasedStore]:
     events = request.events_address
     for topic in VIEWER_TOPICS:
         address = topic_address(events, topic)
-        if not address.startswith(KAFKA) and not (request.run.path / address).exists():
+        if not address.startswith(KAFKA) and not Path(address).exists():
             continue
         with closing(open_topic(events, topic)) as log:
             yield _erase_from_topic(request, log, topic)

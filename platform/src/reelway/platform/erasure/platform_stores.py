@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 
 import numpy as np
 
@@ -14,7 +14,8 @@ from reelway.platform.errors import DataError
 from reelway.platform.eventlog.erasures import viewer_rows
 from reelway.platform.eventlog.parked_records import ParkedRecord, ParkedRecords
 from reelway.platform.features.feast_store import CONFIG_FILE, open_feature_store
-from reelway.platform.features.viewer_memory import open_viewer_memory
+from reelway.platform.features.viewer_memory import MEMORY_FILE, open_viewer_memory
+from reelway.platform.features.viewer_memory_sqlite import SqliteViewerMemory
 from reelway.platform.features.viewer_row_erasure import erase_viewer_rows
 
 
@@ -59,6 +60,12 @@ def _erase_online(request: ErasureRequest) -> Iterator[ErasedStore]:
     location = type(store._get_provider().online_store).__name__.removesuffix("OnlineStore")
     rows = erase_viewer_rows(store, request.viewer_ids, dry_run=request.dry_run)
     yield erased_store(request, "online store", location, rows)
-    memory = open_viewer_memory(store)
-    change = memory.count_entries if request.dry_run else memory.forget
-    yield erased_store(request, "viewer memory", location, sum(change(viewer) for viewer in request.viewer_ids))
+    if location == "Sqlite" and not (folder / MEMORY_FILE).exists():
+        return
+    with ExitStack() as stack:
+        memory = open_viewer_memory(store)
+        if isinstance(memory, SqliteViewerMemory):
+            stack.callback(memory.close)
+        change = memory.count_entries if request.dry_run else memory.forget
+        found = sum(change(viewer) for viewer in request.viewer_ids)
+    yield erased_store(request, "viewer memory", location, found)
