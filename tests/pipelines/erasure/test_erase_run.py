@@ -168,9 +168,9 @@ def test_interrupted_erasure_is_completed_by_the_next(served: ServedStream, monk
     """The process ends while it writes the second file."""
     run, calls = served.run, 0
 
-    def interrupted(path: Path, viewer_ids: Any, *, dry_run: bool = False) -> int:
+    def interrupted(path: Path, viewer_ids: Any, **options: bool) -> int:
         nonlocal calls
-        found = erase_from_file(path, viewer_ids, dry_run=dry_run)
+        found = erase_from_file(path, viewer_ids, **options)
         calls += bool(found)
         if calls == 2:
             raise KeyboardInterrupt

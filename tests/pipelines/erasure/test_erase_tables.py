@@ -75,6 +75,23 @@ def test_rows_are_filtered_batch_by_batch(tmp_path: Path, monkeypatch: pytest.Mo
     assert pq.read_table(path).equals(expected)
 
 
+def test_labels_keep_anonymous_counts_of_videos(run: RunDirectory) -> None:
+    """Each impression of the viewer gets another id, so that nothing connects them."""
+    labels = run.features / "labels.parquet"
+    run.features.mkdir()
+    pq.write_table(read_dataset(run.dataset).impressions, labels)
+    before = pq.read_table(labels).to_pandas()
+    list(erase_tables(ErasureRequest(run, (ERASED,))))
+    after = pq.read_table(labels).to_pandas()
+    assert after["video_id"].equals(before["video_id"])
+    gone = before["viewer_id"] == ERASED
+    assert gone.sum() > 5
+    assert (after["viewer_id"][gone] < 0).all()
+    assert after["viewer_id"][gone].is_unique
+    assert after["request_id"][gone].is_unique
+    assert after[~gone].equals(before[~gone])
+
+
 def test_damaged_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "rows.parquet").write_bytes(b"PAR1 not")
     with pytest.raises(MalformedFileError, match=r"rows\.parquet"):

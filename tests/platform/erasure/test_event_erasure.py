@@ -21,10 +21,10 @@ from reelway.platform.eventlog import LogRecord
 from reelway.platform.eventlog.arrow_records import encode_rows, viewer_partitions
 from reelway.platform.eventlog.erasures import (
     VIEWER_TOPICS,
+    anonymised_record,
     encode_erasures,
     erased_viewers,
     viewer_rows,
-    without_viewers,
 )
 from reelway.platform.eventlog.exposure_events import decode_exposures
 from reelway.platform.eventlog.outcome_events import decode_outcomes
@@ -64,9 +64,12 @@ def test_sqlite_log_keeps_other_rows_at_their_offsets(tmp_path: Path) -> None:
         assert (done.found, done.removed, done.state) == (2, 2, ErasureState.ERASED)
         assert "1 unreadable" in done.note
         *records, damaged, named = log.read({}, limit=9).records
-        assert [(one.offset, viewers_of(one.payload)) for one in records] == [
-            (offsets[0], [KEPT, KEPT]), (offsets[2], [KEPT]),
-        ]  # fmt: skip
+        assert [one.offset for one in records] == offsets[:3]
+        first, second, third = (viewers_of(one.payload) for one in records)
+        assert (first[0], first[2], third) == (KEPT, KEPT, [KEPT])
+        assert first[1] < -1
+        assert second[0] < -1
+        assert first[1] != second[0], "the same viewer"
         assert damaged.payload == b"?"
         assert [before[one.offset] for one in records] == [one.time_us for one in records]
         assert erased_viewers(named.payload).tolist() == [ERASED]
@@ -75,15 +78,17 @@ def test_sqlite_log_keeps_other_rows_at_their_offsets(tmp_path: Path) -> None:
         assert log.end_offsets() == {0: named.offset + 1}
 
 
-def test_sqlite_files_hold_no_byte_of_an_erased_row(tmp_path: Path) -> None:
-    run = RunDirectory(tmp_path)
-    payload = encode_rows(pa.record_batch({"viewer_id": [ERASED], "text": ["a title that nobody else has seen"]}))
+def test_sqlite_files_hold_no_byte_of_the_viewer(tmp_path: Path) -> None:
+    run, viewer = RunDirectory(tmp_path), ERASED.to_bytes(8, "little")
+
+    def held() -> bytes:
+        return b"".join(path.read_bytes() for path in run.events.iterdir())
+
     with closing(open_topic(run.events, Topic.OUTCOMES)) as log:
-        log.append([LogRecord(str(i), 0, payload) for i in range(50)])
+        log.append([outcome(number, ERASED) for number in range(50)])
+        assert viewer in held()
         assert erase(run, ERASED)[Topic.OUTCOMES].removed == 50
-        held = b"".join(path.read_bytes() for path in run.events.iterdir())
-    assert payload[200:300] not in held
-    assert b"nobody else" not in held
+        assert viewer not in held()
 
 
 def test_viewer_who_returns_is_erased_again(tmp_path: Path) -> None:
@@ -104,12 +109,12 @@ def test_record_without_erasure_erases_nobody() -> None:
 
 
 def test_record_keeps_columns_of_newer_versions() -> None:
-    payload = encode_rows(pa.record_batch({"viewer_id": [1, 2], "newer": ["a", "b"]}))
-    rest = without_viewers(payload, np.array([1]))
-    assert rest is not None
-    assert pa.ipc.open_stream(rest).read_all().to_pylist() == [{"viewer_id": 2, "newer": "b"}]
-    assert without_viewers(payload, np.array([3])) is payload
-    assert without_viewers(payload, np.array([1, 2])) is None
+    rows = pa.record_batch({"viewer_id": [1, 2], "impression_id": [7, 8], "newer": ["a", "b"]})
+    payload = encode_rows(rows)
+    after = pa.ipc.open_stream(anonymised_record(payload, np.array([1]))).read_all()
+    assert after["newer"].to_pylist() == ["a", "b"]
+    assert after["viewer_id"].to_pylist()[1] == 2
+    assert anonymised_record(payload, np.array([3])) is payload
     with pytest.raises(DataError):
         viewer_rows(b"?", np.array([1]))
 

@@ -1,8 +1,9 @@
 """Erases viewers from the Parquet files of a run: data set, features, training rows, copies of the event log.
 
 Every Parquet file of the run with a column ``viewer_id`` is covered, whichever step wrote it, and the two tables of a
-data set that hold ids in other columns. A file is rewritten a batch of rows at a time, beside the old one, which it
-then replaces. Files without rows of the viewers stay as they are.
+data set that hold ids in other columns. Rows are removed, except those from which parity recomputes counts of videos: in
+the labels and the copy of the event log the viewers become anonymous. A file is rewritten a batch of rows at a time,
+beside the old one, which it then replaces. Files without rows of the viewers stay as they are.
 """
 
 # Shapes: N rows of a batch
@@ -24,11 +25,12 @@ from numpy.typing import NDArray
 from reelway.pipelines.datasets.checks import REJECTED
 from reelway.pipelines.datasets.id_mapping import ID_MAP
 from reelway.pipelines.datasets.store import INFO_FILE
+from reelway.pipelines.features.training_rows import LABELS_FILE
 from reelway.platform.atomic_files import atomic_file, write_json
 from reelway.platform.contracts.events import DATASET_TABLES
 from reelway.platform.erasure.request import ErasedStore, ErasureRequest, erased_store
 from reelway.platform.errors import MalformedFileError, StorageError
-from reelway.platform.eventlog.erasures import rows_kept
+from reelway.platform.eventlog.erasures import anonymised, rows_kept
 
 BATCH_ROWS: Final = 65_536
 _STORES: Final = {"dataset": "data set", "features": "features", "parity": "event copy"}
@@ -44,8 +46,11 @@ def erase_tables(request: ErasureRequest) -> Iterator[ErasedStore]:
     viewer_ids = np.array(request.viewer_ids, np.int64)
     found: Counter[str] = Counter(dict.fromkeys([*_STORES.values(), _OTHER], 0))
     for path in _files(request.run.path):
-        first = path.relative_to(request.run.path).parts[0]
-        found[_STORES.get(first, _OTHER)] += erase_from_file(path, viewer_ids, dry_run=request.dry_run)
+        parts = path.relative_to(request.run.path).parts
+        counted = parts == ("features", LABELS_FILE) or parts[:2] == ("parity", "events")
+        found[_STORES.get(parts[0], _OTHER)] += erase_from_file(
+            path, viewer_ids, anonymise=counted, dry_run=request.dry_run
+        )
     if not request.dry_run:
         _correct_counts(request.run.dataset)
     for store, rows in found.items():
@@ -53,8 +58,10 @@ def erase_tables(request: ErasureRequest) -> Iterator[ErasedStore]:
             yield erased_store(request, store, request.run.path, rows)
 
 
-def erase_from_file(path: Path, viewer_ids: NDArray[np.int64], *, dry_run: bool = False) -> int:
-    """Removes the viewers' rows from a Parquet file and returns their number.
+def erase_from_file(
+    path: Path, viewer_ids: NDArray[np.int64], *, anonymise: bool = False, dry_run: bool = False
+) -> int:
+    """Removes the viewers' rows from a Parquet file, or makes them anonymous. Returns their number.
 
     Raises:
         MalformedFileError: if the file is no Parquet file.
@@ -72,8 +79,9 @@ def erase_from_file(path: Path, viewer_ids: NDArray[np.int64], *, dry_run: bool 
                 return found
             with atomic_file(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
                 for batch in source.iter_batches(BATCH_ROWS):
-                    rest = batch.filter(pa.array(kept(batch)))
-                    if rest.num_rows:
+                    if anonymise:
+                        writer.write_table(anonymised(pa.Table.from_batches([batch]), viewer_ids))
+                    elif (rest := batch.filter(pa.array(kept(batch)))).num_rows:
                         writer.write_batch(rest)
     except pa.ArrowInvalid as error:
         raise MalformedFileError(path, "a readable Parquet file; delete it or restore it", seen=str(error)) from error

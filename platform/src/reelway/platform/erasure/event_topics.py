@@ -1,7 +1,7 @@
 """Erases viewers from the topics of exposures and outcomes.
 
-A topic gets an erasure record, so that every reader forgets the viewers. A SQLite file is then rewritten without their
-rows. Kafka keeps the rows until its retention deletes them, because a record cannot be changed.
+A topic gets an erasure record, so that every reader forgets the viewers. In a SQLite file their rows then get anonymous
+ids. Kafka keeps the rows until its retention deletes them, because a record cannot be changed.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from reelway.platform.eventlog.addresses import KAFKA
 from reelway.platform.eventlog.arrow_records import viewer_partitions
 from reelway.platform.eventlog.erasures import (
     VIEWER_TOPICS,
+    anonymised_record,
     encode_erasures,
     erased_viewers,
     viewer_rows,
-    without_viewers,
 )
 from reelway.platform.eventlog.event_log import EventLog
 from reelway.platform.eventlog.retained_records import records_of_partition
@@ -101,9 +101,9 @@ def _scan(log: EventLog, viewer_ids: tuple[int, ...]) -> _Retained:
 def _rewrite(log: SqliteLog, viewer_ids: tuple[int, ...]) -> None:
     ids = np.array(viewer_ids, np.int64)
 
-    def rewritten(payload: bytes) -> bytes | None:
+    def rewritten(payload: bytes) -> bytes:
         try:
-            return without_viewers(payload, ids) if payload else payload
+            return anonymised_record(payload, ids) if payload else payload
         except DataError:  # counted by the scan
             return payload
 

@@ -144,13 +144,13 @@ class SqliteLog:
                 (oldest_us,),
             ).rowcount
 
-    def rewrite(self, rewritten: Callable[[bytes], bytes | None]) -> None:
+    def rewrite(self, rewritten: Callable[[bytes], bytes]) -> None:
         """Replaces payloads of retained records for good; other records keep their offsets and times.
 
         Each transaction covers some records, so a call that ends early is completed by another one.
 
         Args:
-            rewritten: returns a record's new payload, the same object to leave it unchanged, or None to delete it.
+            rewritten: returns a record's new payload, or the same object to leave it unchanged.
         """
         first = 0
         while True:
@@ -161,9 +161,7 @@ class SqliteLog:
                 ).fetchall()
                 for offset, before in rows:
                     after = rewritten(before)
-                    if after is None:
-                        db.execute("DELETE FROM records WHERE offset = ?", (offset,))
-                    elif after is not before:
+                    if after is not before:
                         db.execute("UPDATE records SET payload = ? WHERE offset = ?", (after, offset))
             if len(rows) < REWRITE_RECORDS:
                 break

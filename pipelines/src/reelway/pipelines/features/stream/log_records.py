@@ -18,7 +18,7 @@ from reelway.pipelines.features.stream.viewer_events import EXPOSURE, ViewerEven
 from reelway.pipelines.features.windows import I64
 from reelway.platform.errors import DataError
 from reelway.platform.eventlog import StoredRecord
-from reelway.platform.eventlog.erasures import NO_VIEWERS, erased_viewers, rows_kept
+from reelway.platform.eventlog.erasures import NO_VIEWERS, erased_viewers
 from reelway.platform.eventlog.exposure_events import decode_exposures
 from reelway.platform.eventlog.outcome_events import OUTCOME_TYPES, decode_outcomes
 from reelway.platform.eventlog.parked_records import ParkedRecord
@@ -60,7 +60,7 @@ def read_records(
             park(record, EMPTY, "the record has no payload")
             continue
         if len(erased := erased_viewers(record.payload)):
-            parts = [part.take(rows_kept(part.viewer_id, erased)) for part in parts]
+            parts = [part.anonymised(erased) for part in parts]
         try:
             decode = decode_exposures if topic == Topic.EXPOSURES else decode_outcomes
             events, unknown_types, unknown_videos = _read_events(decode(record.payload), record.time_us, facts)
@@ -77,7 +77,7 @@ def read_records(
 
 
 def read_erasures(records: Sequence[StoredRecord]) -> NDArray[np.int64]:
-    """Returns the viewers that the records erase. ``read_records`` leaves out their events before the erasure."""
+    """Returns the viewers that the records erase. ``read_records`` makes their events before it anonymous."""
     return np.unique(np.concatenate([NO_VIEWERS, *(erased_viewers(record.payload) for record in records)]))
 
 

@@ -21,7 +21,7 @@ from reelway.pipelines.features.labels import times_us
 from reelway.platform.contracts.blend import MAX_SHOWN_HOURS, MAX_SHOWN_VIDEOS, MAX_WATCHED_DAYS
 from reelway.platform.contracts.events import OutcomeType
 from reelway.platform.errors import DataError
-from reelway.platform.eventlog.erasures import erased_viewers, rows_kept
+from reelway.platform.eventlog.erasures import erased_viewers, of_known_viewers, rows_kept
 from reelway.platform.eventlog.event_log import EventLog, StoredRecord
 from reelway.platform.eventlog.exposure_events import decode_exposures
 from reelway.platform.eventlog.outcome_events import decode_outcomes
@@ -89,7 +89,7 @@ def _restore_exposures(
     oldest_us = int((now_s - MAX_SHOWN_HOURS * 3600.0) * 1e6)
     ends, firsts = exposures.end_offsets(), exposures.offsets_at(oldest_us - _APPEND_MARGIN_US)
     for partition in sorted(ends):
-        parts = []
+        parts: list[tuple[np.ndarray, np.ndarray]] = []
         for record in records_of_partition(exposures, partition, firsts[partition], ends):
             if stop.is_set():
                 return restored, unreadable
@@ -188,7 +188,7 @@ def _restore_choices(memory: ViewerMemory, table: pa.Table, types: pa.ChunkedArr
 
 def _decoded(record: StoredRecord, name: str, *, is_outcome: bool) -> pa.Table | None:
     try:
-        return (decode_outcomes if is_outcome else decode_exposures)(record.payload)
+        return of_known_viewers((decode_outcomes if is_outcome else decode_exposures)(record.payload))
     except DataError as error:
         log.warning("record skipped: topic=%s partition=%d offset=%d: %s", name, record.partition, record.offset, error)
         return None

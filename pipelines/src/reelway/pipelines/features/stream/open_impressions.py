@@ -22,7 +22,7 @@ from reelway.pipelines.features.stream.viewer_events import EXPOSURE, ViewerEven
 from reelway.pipelines.features.views import AFTER_US, HOUR_US, Events
 from reelway.pipelines.features.windows import I64
 from reelway.platform.contracts.events import IMPRESSIONS, OUTCOME_HORIZON_S, OUTCOMES, TIMESTAMP_TYPE, OutcomeType
-from reelway.platform.eventlog.erasures import rows_kept
+from reelway.platform.eventlog.erasures import anonymous_ids, rows_kept
 from reelway.platform.eventlog.outcome_events import OUTCOME_TYPES
 
 HORIZON_US: Final = OUTCOME_HORIZON_S * 1_000_000
@@ -108,7 +108,7 @@ class OpenImpressionTable:
         self._store.delete_many(self.TABLE, ids)
 
     def erase(self, viewer_ids: I64, hours_us: range) -> int:
-        """Deletes the open impressions of some viewers. Returns their number.
+        """Makes the open impressions of some viewers anonymous. Returns their number.
 
         Args:
             hours_us: ends of the hours in which open impressions were shown.
@@ -118,9 +118,10 @@ class OpenImpressionTable:
             ids = np.unique(np.frombuffer(self._hours.read(np.array([hour_us], dtype=np.int64)), dtype=np.int64))
             for start in range(0, len(ids), ERASE_CHUNK):
                 found = self.load(ids[start : start + ERASE_CHUNK])
-                gone = found.impression_id[~rows_kept(found.viewer_id, viewer_ids)]
-                self._store.delete_many(self.TABLE, gone)
-                erased += len(gone)
+                gone = found.take(~rows_kept(found.viewer_id, viewer_ids))
+                if len(gone):
+                    self.save(replace(gone, viewer_id=anonymous_ids(gone.impression_id)), gone.impression_id)
+                    erased += len(gone)
         return erased
 
 

@@ -66,15 +66,14 @@ class PendingEvents:
         return ViewerEvents.unpacked(b"".join(parts))
 
     def erase(self, viewer_ids: I64) -> int:
-        """Removes the events of some viewers. Returns their number."""
+        """Makes the events of some viewers anonymous. Returns their number."""
         span = self._span()
         if not len(span):
             return 0
         waiting = self.take(int(span[1]))
-        kept = waiting.take(rows_kept(waiting.viewer_id, viewer_ids))
-        if len(kept):
-            self.add(kept)
-        return len(waiting) - len(kept)
+        if len(waiting):
+            self.add(waiting.anonymised(viewer_ids))
+        return int((~rows_kept(waiting.viewer_id, viewer_ids)).sum())
 
     def _span(self) -> I64:
         """The first and last point that may have events, or nothing."""

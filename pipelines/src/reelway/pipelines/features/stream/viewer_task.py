@@ -91,9 +91,9 @@ class ViewerTask:
         self._pending.add(ViewerEvents(**{**vars(events), "time_us": time_us}))
 
     def erase(self, viewer_ids: I64) -> int:
-        """Deletes everything about some viewers. Returns the number of deleted events, impressions and rows.
+        """Deletes everything about some viewers. Returns the number of events, impressions and rows found.
 
-        Counts of videos to which the viewers contributed stay. They are sums over viewers.
+        Waiting events and open impressions become anonymous, so that the counts of videos stay what they are.
         """
         ids, settled_us = np.unique(viewer_ids), self.settled_us
         if settled_us is None:
@@ -149,6 +149,8 @@ class ViewerTask:
             entity, rows = _ONE[:0], np.zeros((0, len(LAYOUTS[view].columns)), np.int64)
             if removed is not None and added is not None:
                 entity, rows = changed_rows(view, removed, added, schedule.bucket_us)
+                if view in VIEWER_VIEWS:  # an anonymous viewer has no row
+                    entity, rows = entity[entity >= 0], rows[entity >= 0]
             if view in VIDEO_VIEWS:
                 cells += [Cells(view, point_us, entity, rows)] if len(entity) else []
                 continue
