@@ -1,8 +1,8 @@
 """Erases viewers from the Parquet files of a run: data set, features, training rows, copies of the event log.
 
 Every Parquet file of the run with a column ``viewer_id`` is covered, whichever step wrote it, and the two tables of a
-data set that hold ids in other columns. Rows are removed, except those from which parity recomputes counts of videos: in
-the labels and the copy of the event log the viewers become anonymous. A file is rewritten a batch of rows at a time,
+data set that hold ids in other columns. Rows are removed. In the labels and in the copy of the event log, from which
+parity recomputes counts of videos, the viewers become anonymous instead. A file is rewritten a batch of rows at a time,
 beside the old one, which it then replaces. Files without rows of the viewers stay as they are.
 """
 
