@@ -134,6 +134,7 @@ def test_running_stream_erases_what_the_log_names(served: ServedStream) -> None:
     assert pending.state is ErasureState.PENDING
     served.clock_us += 3_600_000_000
     served.append(event(7, KEPT, 1003, OutcomeType.LIKE, served.clock_us))
+    served.clock_us += 9_000_000
     served.run_stream()
     task: ViewerTask = served.stream._viewers
     with served.state.transaction():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ def online(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[RunDirectory
         write_rows(store, view, "viewer_id", {ERASED: row, KEPT: row}, NOW_S)
     memory = open_viewer_memory(store)
     for viewer in (ERASED, KEPT):
-        memory.remember_shown(viewer, [1, 2], 1e10)
+        memory.remember_shown(viewer, [1, 2], time.time())
         memory.remember_watched(np.array([viewer]), np.array([3]), np.array([NOW_S]))
         memory.block(viewer, creators=[4])
         memory.follow(viewer, [5])
@@ -53,8 +54,8 @@ def test_row_and_memory_of_one_viewer_are_deleted(online: tuple[RunDirectory, Fe
     assert looked["online store"][1] == looked["viewer memory"][1] == 0
     assert reader.read(ERASED)["region"] == "eu"
     done = erase(run)
-    assert done["online store"] == (len(VIEWER_VIEWS), len(VIEWER_VIEWS))
-    assert done["viewer memory"][1] == kept_memory
+    assert done["online store"][0] == done["online store"][1] == looked["online store"][0] >= 3
+    assert done["viewer memory"] == (kept_memory, kept_memory)
     assert set(reader.read(ERASED).values()) == {None}
     assert memory.count_entries(ERASED) == 0
     assert len(memory.read(ERASED).followed_creators) == 0

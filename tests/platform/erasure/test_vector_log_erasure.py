@@ -47,7 +47,7 @@ def test_erasure_reads_both_halves_and_all_hosts(tmp_path: Path) -> None:
             log.append(vector(request, ERASED if request % 2 else 1))
         assert (tmp_path / f"{host}.jsonl.1").exists()
     before = sum(request % 2 for request in requests(tmp_path)[0])
-    assert erase_vectors(str(tmp_path), [ERASED]) == before > 8
+    assert erase_vectors(str(tmp_path), [ERASED]) == before >= 8
     assert not any(request % 2 for request in requests(tmp_path)[0])
 
 

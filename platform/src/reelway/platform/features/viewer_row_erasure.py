@@ -65,7 +65,7 @@ def delete_old_viewer_rows(store: FeatureStore, older_than: datetime) -> int:
     try:
         with connection:
             for table in _sqlite_tables(store):
-                limit = (older_than.astimezone(UTC).replace(tzinfo=None).isoformat(" "),)
+                limit = (older_than.astimezone(UTC).replace(tzinfo=None),)  # adapted by Feast, as the stored times are
                 (found,) = connection.execute(
                     f'SELECT count(DISTINCT entity_key) FROM "{table}" WHERE event_ts < ?', limit
                 ).fetchone()
