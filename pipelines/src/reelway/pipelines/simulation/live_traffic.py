@@ -24,6 +24,7 @@ from reelway.pipelines.simulation.arm_stickiness import CANARY
 from reelway.pipelines.simulation.live_viewers import LiveViewers, ShownSlate
 from reelway.pipelines.simulation.traffic_report import ArmTraffic, TrafficStatistics
 from reelway.platform.atomic_files import write_json
+from reelway.platform.viewer_pseudonyms import viewer_pseudonym
 
 MAX_OUTCOMES: Final = 1_000
 """Maximum outcomes per ``POST /v1/outcomes``."""
@@ -136,13 +137,13 @@ class LiveTraffic:
         try:
             status, answer = await _post(client, "/v1/recommend", body)
         except (aiohttp.ClientError, TimeoutError) as error:
-            self._tally.record_failure(f"viewer {viewer_id}: {type(error).__name__}: {error}")
+            self._tally.record_failure(f"{viewer_pseudonym(viewer_id)}: {type(error).__name__}: {error}")
             return
         finally:
             self._slots.release()
         took_ms = 1000 * (time.monotonic() - due)
         if status != HTTPStatus.OK:
-            self._tally.record_failure(f"viewer {viewer_id}: {status} {answer[:200]!r}")
+            self._tally.record_failure(f"{viewer_pseudonym(viewer_id)}: {status} {answer[:200]!r}")
             return
         slate = json.loads(answer)
         release, arm, videos = slate["release"], slate["arm"], slate["videos"]

@@ -26,6 +26,7 @@ from reelway.platform.features.viewer_memory import open_viewer_memory
 from reelway.platform.features.viewer_rows import ViewerRowReader
 from reelway.platform.rollout.traffic.serving_options import OutcomesArgs, ReleaseArgs, RouterArgs
 from reelway.platform.tokens import TokenSigner
+from reelway.platform.viewer_pseudonyms import use_secret
 from reelway.serving.deployments.kept_log import KeptLog
 from reelway.serving.deployments.replica_logging import log_to_replica_file
 from reelway.serving.deployments.stages import (
@@ -87,6 +88,8 @@ class RouterDeployment(Router):
 
     def __init__(self, args: RouterArgs) -> None:
         log_to_replica_file()
+        secrets = read_token_secrets(args.token_secrets)
+        use_secret(secrets[0])
         store = open_feature_store(args.features_dir) if args.features_dir else None
         memory = open_viewer_memory(store) if store else None
         viewers = ViewerRowReader(store, memory=memory) if store else None
@@ -95,7 +98,7 @@ class RouterDeployment(Router):
             vectors = open_vector_log(args.vector_log, ratio=args.parity_ratio)
             sample = ParitySampler(vectors, ThreadPoolExecutor(1, thread_name_prefix="parity-sample"))
         parts = RouterDependencies(
-            signer=TokenSigner(*read_token_secrets(args.token_secrets)),
+            signer=TokenSigner(*secrets),
             registry=CollectorRegistry(),
             read_viewer=viewers.read_viewer if viewers else None,
             memory=memory,
