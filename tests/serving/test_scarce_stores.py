@@ -55,7 +55,7 @@ class Service:
 
     def __init__(self, url: str, events: str, registry: CollectorRegistry) -> None:
         self.events, self.registry = events, registry
-        self.client = httpx.Client(base_url=url, timeout=WITHIN_S)
+        self.client = httpx.Client(base_url=url, timeout=2 * WITHIN_S, limits=httpx.Limits(max_connections=None))
         self.accepted: set[int] = set()
 
     def slate(self, viewer: int = 1) -> dict[str, Any]:
@@ -84,7 +84,7 @@ class Service:
         with closing(open_topic(self.events, Topic.OUTCOMES)) as log:
             position: dict[int, int] = {}
             while records := (batch := log.read(position, limit=1_000, wait_s=1.0)).records:
-                position = dict(batch.position)
+                position = dict(batch.next_offsets)
                 tables = [decode_outcomes(record.payload) for record in records]
                 ids += pa.concat_tables(table.select(["impression_id"]) for table in tables)[0].to_pylist()
         return ids
@@ -205,7 +205,7 @@ def test_slow_kafka_delays_outcomes_and_loses_none(loader: ReleaseLoader, broker
             statuses: list[int] = []
             waiting = [
                 threading.Thread(target=lambda slate=slate: statuses.append(service.report(slate)))
-                for slate in [service.slate(viewer) for viewer in range(2, 130)]
+                for slate in [service.slate(viewer) for viewer in range(2, 182)]
             ]
             for thread in waiting:
                 thread.start()
@@ -217,6 +217,6 @@ def test_slow_kafka_delays_outcomes_and_loses_none(loader: ReleaseLoader, broker
         for thread in waiting:
             thread.join(60)
         assert statuses.count(200) > 50, "the delayed outcomes are not accepted"
-        assert [service.report(service.slate(viewer)) for viewer in range(130, 140)] == [200] * 10
+        assert [service.report(service.slate(viewer)) for viewer in range(200, 210)] == [200] * 10
         accepted = set(service.accepted)
     assert accepted <= set(service.logged())

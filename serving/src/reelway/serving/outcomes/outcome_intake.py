@@ -22,7 +22,7 @@ from reelway.serving.outcomes.reported import OutcomeColumns, read_outcomes
 READ_INLINE: Final = 50
 """Outcomes of one request above which their tokens are checked on a thread, so that slates do not wait: about 1 ms."""
 MEMORY_TIMEOUT_S: Final = 0.5
-MAX_WAITING_REQUESTS: Final = 100
+MAX_WAITING_REQUESTS: Final = 150
 """Requests that may wait for the event log. A router has 200 places for requests (``applications.router``); with a slow
 log, outcomes must leave some of them to slates."""
 
