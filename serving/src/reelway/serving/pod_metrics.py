@@ -7,14 +7,14 @@ processes count (``serving.metrics``) and serves ``/metrics`` for its pod only.
 from __future__ import annotations
 
 import argparse
-import signal
 import threading
 
 from prometheus_client import CollectorRegistry, start_http_server
-from prometheus_client.multiprocess import MultiProcessCollector
 
 from reelway.platform.errors import ConfigError
 from reelway.platform.listen_address import all_interfaces
+from reelway.platform.stop_signals import exit_on_stop_signals, stopped_by_signals
+from reelway.serving.metric_files import NodeCollector
 from reelway.serving.metrics import FOLDER_VARIABLE, multiprocess_dir
 
 
@@ -29,7 +29,7 @@ def pod_registry() -> CollectorRegistry:
         raise ConfigError(f"{FOLDER_VARIABLE}: not set; set it to the folder that the pod's containers share")
     folder.mkdir(parents=True, exist_ok=True)
     registry = CollectorRegistry()
-    MultiProcessCollector(registry, path=str(folder))  # type: ignore[no-untyped-call]
+    NodeCollector(registry, folder)
     return registry
 
 
@@ -39,10 +39,10 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=9100)
     options = parser.parse_args()
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    server, thread = start_http_server(options.port, all_interfaces(), registry=pod_registry())
-    stop.wait()
+    exit_on_stop_signals()
+    with stopped_by_signals(stop.set):
+        server, thread = start_http_server(options.port, all_interfaces(), registry=pod_registry())
+        stop.wait()
     server.shutdown()
     thread.join()
 

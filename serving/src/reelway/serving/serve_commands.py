@@ -1,14 +1,13 @@
 """``reelway serve`` serves a run's release over HTTP; ``reelway recommend`` prints one viewer's slate.
 
-However ``serve`` is stopped, it also stops Ray, Serve, every replica and the local controller. It does not start if
-``verify`` rejects the release, if the port is in use, or if the run is being served already.
+However ``serve`` is stopped, it also stops Ray, Serve, every replica and the local controller within ``STOP_LIMIT_S``.
+It does not start if ``verify`` rejects the release, if the port is in use, or if the run is being served already.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 import signal
 import time
@@ -23,7 +22,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from reelway.platform.atomic_files import ensure_private_token, write_json
-from reelway.platform.cli.processes import child_process, reelway_command
+from reelway.platform.cli.processes import ChildProcesses, reelway_command
+from reelway.platform.cli.supervisor import command_pid, supervise
 from reelway.platform.cli.terminal import print_status, stderr_console, stdout_console
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.errors import ConfigError, FeatureError, ServingError
@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 
 LIVE_RELEASE: Final = "live"
 WARM_UP_REQUESTS: Final = 20
+STOP_LIMIT_S: Final = 12.0
+"""Seconds from a stop signal until what has not ended is killed. A caller that stops this command waits longer."""
+BACKGROUND_STOP_LIMIT_S: Final = 1.0
+"""Seconds for the controller and the streams after Ray has stopped; they are told to stop before Serve is."""
 SERVING_RECORD: Final = "serving.json"
 RAY_TOKEN: Final = "ray.token"
 """Token file in the run's key folder. A client with the token can change what Ray Serve runs."""
@@ -106,7 +110,7 @@ def serve(
       reelway serve --run runs/demo --composition fused --router-replicas 2
     """
     directory = RunDirectory(run)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores SIGINT for background processes
+    supervise(STOP_LIMIT_S)
     with exclusive_serving_lock(directory):
         verified = _verified(directory, release)
         if max_ongoing_sustained and max_ongoing_sustained > max_ongoing_requests:
@@ -148,19 +152,20 @@ def serve(
             max_ongoing_sustained=max_ongoing_sustained,
         )
         release_id = verified.manifest.release_id
-        with ExitStack() as stack:
+        with ChildProcesses(BACKGROUND_STOP_LIMIT_S) as background, ExitStack() as stack:
             with stderr_console.status("starting Ray and the stages"):
                 routing = Routing.single_release(release_id)
                 service = stack.enter_context(running_service(routing, options, directory.keys / RAY_TOKEN))
                 _warm_up(service.url)
-            record = {"url": service.url, "pid": os.getpid(), "release": release_id, "serve_api": service.serve_api}
+            record = {"url": service.url, "pid": command_pid(), "release": release_id, "serve_api": service.serve_api}
             stack.enter_context(_record(directory, record))
+            stack.callback(background.interrupt)  # they stop while Serve does
             if controller:
-                stack.enter_context(_background_process(directory, "rollout", "controller"))
+                _start_in_background(background, directory, "rollout", "controller")
             if live:
-                stack.enter_context(_background_process(directory, "stream", "overlay"))
+                _start_in_background(background, directory, "stream", "overlay")
             if live and options.features_dir:
-                stack.enter_context(_background_process(directory, "stream"))
+                _start_in_background(background, directory, "stream")
             stdout_console.print(f"serving release {short_id(release_id)} at {service.url}", highlight=False)
             print_status(f"Press Ctrl-C to stop. Try: reelway recommend --url {service.url} --viewer 1")
             _wait_for_interrupt()
@@ -265,13 +270,11 @@ def _token_secrets(run: RunDirectory) -> Path:
     return path
 
 
-@contextmanager
-def _background_process(run: RunDirectory, *command: str) -> Iterator[None]:
-    """Runs a `reelway` command of this run while the block runs, with a log of its own in the run directory."""
+def _start_in_background(children: ChildProcesses, run: RunDirectory, *command: str) -> None:
+    """Starts a `reelway` command of this run with a log of its own in the run directory."""
     log = run.path / command[0] / f"{command[-1]}.log"
     log.parent.mkdir(exist_ok=True)
-    with child_process(reelway_command(*command, "--run", str(run.path)), log=log):
-        yield
+    children.start(reelway_command(*command, "--run", str(run.path)), log)
 
 
 def _empty_directory(folder: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -24,12 +25,14 @@ from tests.support.pipelines.stream_members import (
     read_rows,
     write_stream_inputs,
 )
+from tests.support.process_life import SIGNALS, marked_command, printed
 
 from reelway.pipelines.features.materialisation import materialise
 from reelway.pipelines.features.registry import register_features
 from reelway.pipelines.features.stream.quix_service import stream_clock
 from reelway.pipelines.features.stream.rules import VIDEO_VIEWS
 from reelway.pipelines.features.stream.service import TOPICS
+from reelway.platform.cli.processes import reelway_command
 from reelway.platform.contracts.events import OutcomeType
 from reelway.platform.eventlog.erasures import encode_erasures
 from reelway.platform.eventlog.feature_changelog import FeatureChangelog
@@ -165,19 +168,17 @@ def test_member_stores_megabytes_of_one_viewer(run: RunDirectory, broker: Broker
         members.close()
 
 
-def test_member_ends_cleanly_at_sigterm(run: RunDirectory, events: str, tmp_path: Path) -> None:
-    members = Members(run, events, tmp_path / "members")
-    try:
-        members.start("a")
-        deadline = time.monotonic() + 90
-        while "updating the features" not in (tmp_path / "members" / "a.log").read_text():
-            assert time.monotonic() < deadline, members.output()
-            time.sleep(0.1)
+@pytest.mark.parametrize(("number", "group"), SIGNALS)
+def test_member_ends_cleanly_at_a_stop_signal(
+    run: RunDirectory, events: str, tmp_path: Path, number: signal.Signals, group: bool
+) -> None:
+    command = reelway_command("stream", "--run", str(run.path), "--events", events, "--state", str(tmp_path / "state"))
+    with marked_command(command, tmp_path / "log", printed("updating the features")) as member:
         with load(events, random.Random(7)):
             time.sleep(15)
-            assert members.stop("a") == 0, members.output()
-    finally:
-        members.close()
+            ending = member.stop(number, group=group)
+        assert ending.clean, (ending, member.log.read_text())
+        assert ending.code == 0, member.log.read_text()
 
 
 def test_erased_viewer_leaves_state_and_online_store(run: RunDirectory, broker: Broker, tmp_path: Path) -> None:

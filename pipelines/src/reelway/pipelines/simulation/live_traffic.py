@@ -33,6 +33,8 @@ ROUTING_POLL_INTERVAL_S: Final = 0.5
 REPORT_INTERVAL_S: Final = 1.0
 IDLE_S: Final = 2.0
 """Connections that were idle for longer are not reused, because the service may be closing them."""
+STOPPED_FINISH_S: Final = 8.0
+"""Seconds after ``stop`` for the requests in flight; later ones are cancelled and not counted."""
 OUTCOME_ATTEMPTS: Final = 4
 _JSON: Final = {"Content-Type": "application/json"}
 
@@ -75,9 +77,11 @@ class LiveTraffic:
         self._in_flight: set[asyncio.Task[None]] = set()
         self._shown: list[tuple[ShownSlate, ArmTraffic]] = []
         self._arriving: asyncio.Task[None] | None = None
+        self._stopped = False
 
     def stop(self) -> None:
-        """Stops requesting slates."""
+        """Stops requesting slates. The requests in flight get ``STOPPED_FINISH_S`` to finish."""
+        self._stopped = True
         if self._arriving is not None:
             self._arriving.cancel()
 
@@ -104,11 +108,18 @@ class LiveTraffic:
             for end in ends:
                 if isinstance(end, BaseException) and not isinstance(end, asyncio.CancelledError):
                     raise end
-            await asyncio.gather(*self._in_flight)
-            await self._send_reactions(client)
-            await asyncio.gather(*self._in_flight)
-            await self._poll_routing(client)
+            try:
+                async with asyncio.timeout(STOPPED_FINISH_S if self._stopped else None):
+                    await self._finish(client)
+            except TimeoutError:
+                await asyncio.gather(*self._in_flight, return_exceptions=True)
         return await self._write(running=False)
+
+    async def _finish(self, client: aiohttp.ClientSession) -> None:
+        await asyncio.gather(*self._in_flight)
+        await self._send_reactions(client)
+        await asyncio.gather(*self._in_flight)
+        await self._poll_routing(client)
 
     async def _generate_arrivals(self, client: aiohttp.ClientSession) -> None:
         """Starts requests at random times (a Poisson process), ``rate`` per second on average."""

@@ -33,9 +33,9 @@ from reelway.platform.errors import ConfigError, KubernetesError, ReelwayError, 
 from reelway.platform.rollout.alerts import KnownAlert
 from reelway.platform.rollout.control.bearer_token import ensure_bearer_token
 from reelway.platform.rollout.control.controller_metrics import ControllerMetrics
-from reelway.platform.rollout.control.local_controller import stopped_by_signals
 from reelway.platform.rollout.control.webhook import serve_in_thread
 from reelway.platform.rollout.policy import RolloutPolicy, default_policy, parse_policy
+from reelway.platform.stop_signals import stopped_by_signals
 
 log = logging.getLogger(__name__)
 

@@ -131,8 +131,9 @@ class RouterDeployment(Router):
         if self._dependencies.exposures is None and (open_log := self._log_opener()):
             parts = self._dependencies
             parts.exposures = ExposureWriter(partial(open_log, Topic.EXPOSURES), self.count_lost_exposure)
-            writer = EventLogWriter(partial(open_log, Topic.OUTCOMES))
-            parts.outcomes = OutcomeIntake(parts.signer, writer, IntakeMetrics(parts.registry), parts.memory)
+            counts = IntakeMetrics(parts.registry)
+            writer = EventLogWriter(partial(open_log, Topic.OUTCOMES), on_repeated=counts.repeated.inc)
+            parts.outcomes = OutcomeIntake(parts.signer, writer, counts, parts.memory)
         await super().reconfigure(config)
 
     def _log_opener(self) -> Callable[[Topic], AppendLog] | None:

@@ -39,7 +39,7 @@ def rank_server(
         5.0, min=0, help="Time after SIGTERM, in seconds, in which new requests are still accepted."
     ),
     grace_seconds: float = typer.Option(
-        20.0, min=0, help="Time for requests in flight to finish after new requests are no longer accepted, in seconds."
+        8.0, min=0, help="Time for requests in flight to finish after new requests are no longer accepted, in seconds."
     ),
 ) -> None:
     """Serve a release's ranker by the Open Inference Protocol v2 (REST and gRPC, model `ranker`) until SIGTERM.
