@@ -73,7 +73,7 @@ def run_controller(settings: ControllerSettings, stop: threading.Event | None = 
         token = ensure_bearer_token(run.keys / WEBHOOK_TOKEN)
         store = stack.enter_context(closing(SqliteRolloutStore(run.path / "rollout" / "state.db")))
         backend = stack.enter_context(closing(ServeRestBackend(run)))
-        alerts, metrics = AlertRegistry(store), ControllerMetrics()
+        alerts, metrics = AlertRegistry(store, on_change=wake.set), ControllerMetrics()
         controller = Controller(
             store,
             backend,
