@@ -197,7 +197,7 @@ def test_operator_applies_options_in_mid_rollout_without_moving_viewers(
     api: KubeApi, chart: Chart, serve: FakeServe, tmp_path: Path
 ) -> None:
     chart.apply(options())
-    ray = {"service": "reelway", "trusted_hosts": ["127.0.0.1"], "dashboard_url": serve.url, "router_url": serve.url}
+    ray = {"service": "reelway", "trusted_hosts": ["127.0.0.1"], "dashboard_url": serve.url, "internal_url": serve.url}
     with operating(api, settings_of(serve, tmp_path, ray=ray)):
         until(lambda: release_names(_declared_or_empty(chart.kubectl)) == (STABLE,))
         chart.kubectl.apply(rollout("one", GOOD, policy=held(50)))

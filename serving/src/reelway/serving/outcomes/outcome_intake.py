@@ -46,8 +46,11 @@ class OutcomeIntake:
         self._clock = clock
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="outcomes")
 
-    async def accept(self, request: OutcomesRequest) -> OutcomesResponse:
+    async def accept(self, request: OutcomesRequest, viewer_id: int | None = None) -> OutcomesResponse:
         """Records the valid outcomes and returns why the others were refused.
+
+        Args:
+            viewer_id: the proven viewer, whose outcomes alone are valid. None: nobody has proven an identity.
 
         Raises:
             ServingError: if too many outcomes are queued. None was accepted.
@@ -56,9 +59,11 @@ class OutcomeIntake:
         loop = asyncio.get_running_loop()
         reported = request.outcomes
         if len(reported) <= READ_INLINE:
-            columns, refused = read_outcomes(reported, self._signer)
+            columns, refused = read_outcomes(reported, self._signer, viewer_id)
         else:
-            columns, refused = await loop.run_in_executor(self._threads, read_outcomes, reported, self._signer)
+            columns, refused = await loop.run_in_executor(
+                self._threads, read_outcomes, reported, self._signer, viewer_id
+            )
         if refused:
             self._metrics.refused.inc(len(refused))
         if len(columns):

@@ -64,9 +64,13 @@ class OutcomeColumns:
 
 
 def read_outcomes(
-    reported: Sequence[ReportedOutcome], signer: TokenSigner
+    reported: Sequence[ReportedOutcome], signer: TokenSigner, proven_viewer: int | None = None
 ) -> tuple[OutcomeColumns, list[RefusedOutcome]]:
-    """Returns the outcomes that can be counted, and why the others cannot."""
+    """Returns the outcomes that can be counted, and why the others cannot.
+
+    Args:
+        proven_viewer: the viewer that reports them. An outcome of another viewer's impression is refused.
+    """
     arms: dict[ArmKey, int] = {}
     sources: dict[str, int] = {}
     rows: list[tuple[float, ...]] = []
@@ -79,6 +83,10 @@ def read_outcomes(
             ) = signer.read(report.token)  # fmt: skip
         except TokenError as error:
             refused.append(RefusedOutcome(index=index, message=str(error)))
+            continue
+        if proven_viewer is not None and viewer != proven_viewer:
+            message = "impression token: issued to another viewer; report outcomes as the viewer that the slate was for"
+            refused.append(RefusedOutcome(index=index, message=message))
             continue
         kind, value = _KIND_CODES[report.type], report.value
         if kind == _WATCH:
