@@ -287,11 +287,15 @@ class RemoteKeys:
             await reading
 
 
-def test_keys_are_fetched_once() -> None:
+@pytest.mark.parametrize("prepared", [True, False])
+def test_keys_are_fetched_once(prepared: bool) -> None:
     with key_server() as (server, url):
 
         async def ask() -> None:
             remote = RemoteKeys(url)
+            if prepared:
+                await remote.verifier.prepare()
+                assert server.requests == 1
             texts = [token(headers={"kid": "a"}, sub=str(viewer)) for viewer in range(20)]
             assert await asyncio.gather(*(remote.verifier.verify(bearer(text)) for text in texts)) == list(range(20))
 

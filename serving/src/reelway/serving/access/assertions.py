@@ -39,6 +39,10 @@ _REASONS: Final = (
 class AssertionVerifier(Protocol):
     """Verifies the proof in a request's headers."""
 
+    async def prepare(self) -> None:
+        """Reads the keys, so that the first requests need not wait. A failure is counted and logged."""
+        ...
+
     async def verify(self, headers: list[tuple[bytes, bytes]]) -> int:
         """Returns the viewer id.
 
@@ -74,6 +78,10 @@ class JwtVerifier:
         self._required = ["exp", "aud", options.viewer_claim, *(["iss"] if options.issuer else [])]
         self._clock = clock
         self._verified: LRUCache[bytes, _Verified] = LRUCache(MAX_CACHED)
+
+    async def prepare(self) -> None:
+        """See ``AssertionVerifier``."""
+        await self._keys.renew()
 
     async def verify(self, headers: list[tuple[bytes, bytes]]) -> int:
         """See ``AssertionVerifier``."""
@@ -148,6 +156,10 @@ class GatewayVerifier:
         path = options.keys_file
         self._secrets = Refreshed("gateway keys", lambda: read_secrets(path), on_fault, refresh_s=options.refresh_s)
         self._clock = clock
+
+    async def prepare(self) -> None:
+        """See ``AssertionVerifier``."""
+        await self._secrets.renew()
 
     async def verify(self, headers: list[tuple[bytes, bytes]]) -> int:
         """See ``AssertionVerifier``."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import re
+import ssl
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 import httpx
@@ -69,7 +71,7 @@ def key_reader(options: JwtOptions) -> Callable[[], KeySet]:
         path = options.keys_file
         return lambda: parse_keys(path.read_bytes(), allowed, str(path))
     assert options.jwks_url is not None, "the options have a file or a URL"
-    return partial(_fetch_keys, options.jwks_url, options.ca_file and str(options.ca_file), allowed)
+    return partial(_fetch_keys, options.jwks_url, options.ca_file, allowed)
 
 
 def parse_keys(text: bytes, allowed: Collection[str], source: str) -> KeySet:
@@ -97,9 +99,7 @@ def parse_keys(text: bytes, allowed: Collection[str], source: str) -> KeySet:
     return KeySet(keys[:MAX_KEYS])
 
 
-def _fetch_keys(url: str, ca_file: str | None, allowed: Collection[str]) -> KeySet:
-    import ssl
-
+def _fetch_keys(url: str, ca_file: Path | None, allowed: Collection[str]) -> KeySet:
     context = ssl.create_default_context(cafile=ca_file)
     with (
         httpx.Client(timeout=TIMEOUT_S, verify=context) as client,

@@ -57,6 +57,11 @@ class ViewerAccess:
         self._addresses = _limiter(options.per_address, clock)
         self._viewers = _limiter(options.per_viewer, clock) if verifier else None
 
+    async def prepare(self) -> None:
+        """Reads what proofs are verified with; see ``AssertionVerifier.prepare``."""
+        if self._verifier is not None:
+            await self._verifier.prepare()
+
     def is_internal(self, scope: Any) -> bool:
         """Returns whether the service itself sent the request of an ASGI scope."""
         return self._credential.is_in(scope)

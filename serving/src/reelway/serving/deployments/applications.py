@@ -142,6 +142,8 @@ class RouterDeployment(Router):
             parts.exposures = ExposureWriter(partial(open_log, Topic.EXPOSURES), self.count_lost_exposure)
             writer = EventLogWriter(partial(open_log, Topic.OUTCOMES))
             parts.outcomes = OutcomeIntake(parts.signer, writer, IntakeMetrics(parts.registry), parts.memory)
+        if self._routing is None:
+            await self._access.prepare()
         await super().reconfigure(config)
 
     def _log_opener(self) -> Callable[[Topic], AppendLog] | None:
