@@ -95,8 +95,8 @@ def resource_version(kubectl: Kubectl) -> str:
 
 def half(canary_bp: int = 5000) -> RolloutState:
     return RolloutState(
-        id="r-1", stable_release=STABLE, canary_release=GOOD, phase=Phase.STEPPING, canary_bp=canary_bp, started_at=0,
-        changed_at=0, tick_at=0,
+        id="r-1", salt="s", stable_release=STABLE, canary_release=GOOD, phase=Phase.STEPPING, canary_bp=canary_bp,
+        started_at=0, changed_at=0, tick_at=0,
     )  # fmt: skip
 
 

@@ -37,7 +37,8 @@ CONFIG = document(Routing.single_release("old"), 8000) | {"target_capacity": 50.
 def target(phase: Phase = Phase.STEPPING, **more: Any) -> TrafficTarget:
     return traffic_target(
         RolloutState(
-            id="r", stable_release="old", canary_release="new", phase=phase, started_at=0, changed_at=0, tick_at=0,
+            id="r", salt="s", stable_release="old", canary_release="new", phase=phase, started_at=0, changed_at=0,
+            tick_at=0,
             **more,
         )
     )  # fmt: skip
