@@ -141,6 +141,7 @@ FAULTS: Final[list[tuple[str, Mapping[str, list[float]], int]]] = [
     ("ReelwayViewerRowBug", {
         'reelway_ingress_faults_total{release="aaaa", stage="viewer_row", kind="unexpected"}': grows(0, 1)
     }, 6),
+    ("ReelwayViewerKeysUnread", {"reelway_ingress_key_faults_total": grows(0, 1)}, 12),
     ("ReelwayExposuresLost", {'reelway_ingress_exposures_lost_total{arm="stable", release="aaaa"}': grows(0, 1)}, 6),
     ("ReelwayParitySamplesLost", {"reelway_ingress_parity_samples_lost_total": grows(0, 1)}, 6),
     ("ReelwayOutcomeSumsBehind", {'reelway_outcomes_log_age_seconds{source="exposures"}': level(2, 200)}, 6),

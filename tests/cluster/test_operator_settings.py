@@ -61,7 +61,7 @@ def test_environment_replaces_single_values_of_the_file(tmp_path: Path, monkeypa
         ({"prometheus": {"url": "prometheus:9090"}}, "prometheus.url: saw 'prometheus:9090', expected"),
         ({"prometheus": {"labels": {"a-b": "c"}}}, "prometheus.labels.a-b"),
         ({"ray": {"trusted_hosts": "10.0.0.9"}}, "ray.trusted_hosts: saw '10.0.0.9', expected a valid tuple"),
-        ({"ray": {"router_url": "http://{service}"}}, "no placeholders but {name} and {namespace}"),
+        ({"ray": {"internal_url": "http://{service}"}}, "no placeholders but {name} and {namespace}"),
         (["a"], "saw ['a'], expected a mapping of settings"),
         ("a: [", "not YAML"),
     ],

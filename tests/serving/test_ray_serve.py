@@ -71,7 +71,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         assert written["pid"] == process.pid
         assert written["release"] == release
         with httpx.Client(base_url=written["url"], timeout=30) as client:
-            yield Running(run, process, written["url"], release, other, watched, client)
+            yield Running(run, process, written["url"], written["internal_url"], release, other, watched, client)
     finally:
         terminate_process_group(process)
 
@@ -141,8 +141,20 @@ def test_proxy_ends_a_request_that_arrives_slowly(service: Running, rest: str) -
     assert response.startswith(b"HTTP/1.1 408 ")
 
 
+def test_service_port_has_no_internal_path(service: Running) -> None:
+    """Through Ray Serve's proxy: also what the proxy could answer itself, and the application with the sums."""
+    internal = ["/metrics", "/docs", "/openapi.json", "/v1/releases/current", "/v1/outcomes/metrics"]
+    for path in internal:
+        assert service.client.get(f"{service.internal_url}{path}").status_code == 200, path
+        for shown in (path, f"/{path}", f"{path}/", f"/./{path}"):
+            answer = service.client.get(service.url + shown)
+            assert answer.status_code == 404, shown
+            assert answer.json()["error"] == "Not Found", shown
+    assert service.client.get("/healthz").json() == {"status": "ok", "authentication": "off"}
+
+
 def test_openapi_schema_is_published(service: Running) -> None:
-    parts = service.client.get("/openapi.json").json()["components"]["schemas"]
+    parts = service.client.get(f"{service.internal_url}/openapi.json").json()["components"]["schemas"]
     jsonschema.validate(service.ask(), parts["RecommendResponse"] | {"components": {"schemas": parts}})
 
 
@@ -162,7 +174,7 @@ def test_metrics_cover_every_process(service: Running) -> None:
     assert service.metric("reelway_retrieval_candidates_total", release=label, source="ann") > 0
     assert service.metric("reelway_retrieval_filtered_total", release=label, kind="seen") > 0
     assert service.metric("reelway_ingress_requests_total", arm="stable", outcome="ok") > 0
-    text = service.client.get("/metrics").text
+    text = service.client.get(f"{service.internal_url}/metrics").text
     assert str(KNOWN_VIEWER) not in re.findall(r'="([^"]*)"', text)
 
 

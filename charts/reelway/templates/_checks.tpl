@@ -14,6 +14,7 @@
 {{- include "reelway.checkStore" . }}
 {{- include "reelway.checkRay" . }}
 {{- include "reelway.checkServing" . }}
+{{- include "reelway.checkAuth" . }}
 {{- include "reelway.checkFeatures" . }}
 {{- include "reelway.checkJobs" . }}
 {{- include "reelway.checkLive" . }}
@@ -67,7 +68,7 @@
 {{- range $name := list "gcs" "dashboard" "client" "nodeManager" "objectManager" "runtimeEnvAgent" "agentGrpc" "agentHttp" "metrics" }}
 {{- $_ := set $single (get $p $name | toString) (printf "Ray's %s port" $name) }}
 {{- end }}
-{{- $named := dict "serving.port" $v.serving.port "serving.metrics.port" $v.serving.metrics.port }}
+{{- $named := dict "serving.port" $v.serving.port "serving.internalPort" $v.serving.internalPort "serving.metrics.port" $v.serving.metrics.port }}
 {{- range $path := keys $named | sortAlpha }}
 {{- $port := get $named $path | int }}
 {{- with get $single (toString $port) }}
@@ -136,6 +137,31 @@
 {{- include "reelway.fail" (dict "path" (printf "%s.%s" $path $name) "saw" "(hidden)" "expected" "no value: secrets are read from a Secret (secrets.name, releases.store.s3.credentialsSecret)") }}
 {{- end }}
 {{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* The keys of auth.mode, and no route to a service that anyone may ask for any viewer. */}}
+{{- define "reelway.checkAuth" -}}
+{{- $a := .Values.auth -}}
+{{- $mode := include "reelway.authMode" . -}}
+{{- range $route := list "ingress" "httpRoute" }}
+{{- if and (get $.Values.serving $route).enabled (eq $mode "off") (not $a.allowUnauthenticated) }}
+{{- include "reelway.fail" (dict "path" "auth.mode" "saw" "off" "expected" (printf "jwt or gateway, because serving.%s.enabled is true and anyone could ask for any viewer; or auth.allowUnauthenticated: true" $route)) }}
+{{- end }}
+{{- end }}
+{{- if eq $mode "jwt" }}
+{{- if not $a.jwt.audience }}
+{{- include "reelway.fail" (dict "path" "auth.jwt.audience" "saw" "" "expected" "the audience of the viewers' tokens, because auth.mode is jwt") }}
+{{- end }}
+{{- if not (or $a.jwt.jwksUrl $a.jwt.keysConfigMap) }}
+{{- include "reelway.fail" (dict "path" "auth.jwt.jwksUrl" "saw" "" "expected" "the URL of a key set, or a ConfigMap in auth.jwt.keysConfigMap, because auth.mode is jwt") }}
+{{- end }}
+{{- if and $a.jwt.jwksUrl $a.jwt.keysConfigMap }}
+{{- include "reelway.fail" (dict "path" "auth.jwt.keysConfigMap" "saw" $a.jwt.keysConfigMap "expected" (printf "no value, because auth.jwt.jwksUrl is %s" $a.jwt.jwksUrl)) }}
+{{- end }}
+{{- end }}
+{{- if and (eq $mode "gateway") (not $a.gateway.keysSecret) }}
+{{- include "reelway.fail" (dict "path" "auth.gateway.keysSecret" "saw" "" "expected" "a Secret with the key `keys`, because auth.mode is gateway") }}
 {{- end }}
 {{- end -}}
 

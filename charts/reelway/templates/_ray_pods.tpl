@@ -60,7 +60,7 @@ RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP: "0"
 RAY_SERVE_USE_GRPC_BY_DEFAULT: "1"
 RAY_SERVE_ENABLE_HA_PROXY: "1"
 RAY_SERVE_HAPROXY_METRICS_ENABLED: "0"
-RAY_SERVE_HAPROXY_BALANCE_ALGORITHM: "leastconn\n    option http-buffer-request\n    timeout http-request 5s"
+RAY_SERVE_HAPROXY_BALANCE_ALGORITHM: "leastconn\n    option http-buffer-request\n    timeout http-request 5s\n    option forwardfor"
 RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S: "10"
 RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S: "3"
 RAY_SERVE_HAPROXY_BROADCAST_COALESCE_S: "1"
@@ -107,6 +107,9 @@ RAY_worker_niceness: "0"
 {{- end }}
 {{- include "reelway.tlsMounts" (dict "context" .context "hops" (list "redis" "kafka")) }}
 {{- include "reelway.rayTlsMounts" .context }}
+{{- if include "reelway.accessKeys" .context }}
+- {name: access, mountPath: /etc/reelway/access, readOnly: true}
+{{- end }}
 {{- if eq .role "head" }}
 - {name: state, mountPath: /var/lib/reelway/state}
 {{- end }}
@@ -126,6 +129,11 @@ RAY_worker_niceness: "0"
 {{- end }}
 {{- include "reelway.tlsVolumes" (dict "context" .context "hops" (list "redis" "kafka")) }}
 {{- include "reelway.rayTlsVolumes" .context }}
+{{- with include "reelway.accessKeys" .context }}
+- name: access
+  projected:
+    sources: {{- . | nindent 6 }}
+{{- end }}
 {{- if eq .role "head" }}
 - name: state
 {{- if and $v.serving.outcomes.enabled $v.serving.outcomes.persistence.enabled }}
@@ -173,6 +181,8 @@ ports:
   - {name: gcs-server, containerPort: {{ $p.gcs | toJson }}}
   - {name: dashboard, containerPort: {{ $p.dashboard | toJson }}}
   - {name: client, containerPort: {{ $p.client | toJson }}}
+  # The container `metrics` listens on it. KubeRay adds the ports of this container to the head's Service.
+  - {name: internal, containerPort: {{ $v.serving.internalPort | toJson }}}
   {{- end }}
 {{- if eq .role "worker" }}
 # A worker is ready once its proxy routes to a replica.
@@ -203,16 +213,24 @@ volumeMounts:
   {{- include "reelway.rayMounts" . | nindent 2 }}
 {{- end -}}
 
-{{/* Exports the metrics of this pod. A scrape through Ray's proxy would reach the router of any node. */}}
+{{/* Exports the metrics of this pod. A scrape through Ray's proxy would reach the router of any node. In the head's pod
+     it also serves the internal API. (dict "context" . "role" "head") */}}
 {{- define "reelway.metricsContainer" -}}
-{{- $v := .Values -}}
+{{- $v := .context.Values -}}
 name: metrics
-image: {{ include "reelway.image" (dict "context" . "of" $v.image.serving) | quote }}
+image: {{ include "reelway.image" (dict "context" .context "of" $v.image.serving) | quote }}
 imagePullPolicy: {{ $v.image.pullPolicy | toJson }}
 command: [python, -m, reelway.serving.pod_metrics, --port, {{ $v.serving.metrics.port | quote }}]
-securityContext: {{- include "reelway.containerSecurity" . | nindent 2 }}
+{{- if eq .role "head" }}
+args: [--internal-port, {{ $v.serving.internalPort | quote }}, --service-url, "http://localhost:{{ $v.serving.port }}"]
+{{- end }}
+securityContext: {{- include "reelway.containerSecurity" .context | nindent 2 }}
 env:
   - {name: PROMETHEUS_MULTIPROC_DIR, value: /var/run/reelway/metrics}
+  {{- if eq .role "head" }}
+  - name: REELWAY_TOKEN_SECRET
+    valueFrom: {{- include "reelway.secretKey" (dict "context" .context "key" "impression-tokens") | nindent 6 }}
+  {{- end }}
 ports:
   - {name: reelway-metrics, containerPort: {{ $v.serving.metrics.port | toJson }}}
 resources: {{- toYaml $v.serving.metrics.resources | nindent 2 }}

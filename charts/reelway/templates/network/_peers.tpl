@@ -12,6 +12,12 @@ podSelector:
     - {protocol: TCP, port: 53}
 {{- end -}}
 
+{{/* Port of auth.jwt.jwksUrl. */}}
+{{- define "reelway.keySetPort" -}}
+{{- $url := urlParse .Values.auth.jwt.jwksUrl -}}
+{{- regexFind "[0-9]+$" (regexFind ":[0-9]+$" $url.host) | default (ternary "443" "80" (eq $url.scheme "https")) -}}
+{{- end -}}
+
 {{/* The API server is not a pod, so that only its addresses can be allowed. */}}
 {{- define "reelway.apiServerEgress" -}}
 {{- $api := .Values.networkPolicies.apiServer -}}

@@ -17,7 +17,7 @@ ray:
   service: {{ include "reelway.fullname" . | quote }}
   {{- end }}
   dashboard_url: http://{name}-head-svc.{namespace}.svc:8265
-  router_url: http://{name}-router.{namespace}.svc:{{ $v.serving.port }}
+  internal_url: http://{name}-head-svc.{namespace}.svc:{{ $v.serving.internalPort }}
 release_store: {{ include "reelway.storeUrl" . | quote }}
 # null: nothing is replayed, so the default policy does not require parity.
 parity_findings: {{ if include "reelway.parityEnabled" . }}{{ include "reelway.parityReport" . | quote }}{{ else }}null{{ end }}

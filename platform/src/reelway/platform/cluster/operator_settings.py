@@ -64,7 +64,7 @@ class RaySettings(SettingsGroup):
         default="", description="RayService whose Serve config is composed from the chart's options; empty for none"
     )
     dashboard_url: UrlTemplate = "http://{name}-head-svc.{namespace}.svc:8265"
-    router_url: UrlTemplate = "http://{name}-serve-svc.{namespace}.svc:8000"
+    internal_url: UrlTemplate = "http://{name}-head-svc.{namespace}.svc:9101"
     trusted_hosts: tuple[str, ...] = Field(
         default=(), description="hosts outside the namespace to which Ray's token may be sent"
     )

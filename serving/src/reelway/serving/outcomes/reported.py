@@ -65,11 +65,16 @@ class OutcomeColumns:
 
 
 def read_outcomes(
-    reported: Sequence[ReportedOutcome], signer: TokenSigner, *, received_at_s: float = -math.inf
+    reported: Sequence[ReportedOutcome],
+    signer: TokenSigner,
+    proven_viewer: int | None = None,
+    *,
+    received_at_s: float = -math.inf,
 ) -> tuple[OutcomeColumns, list[RefusedOutcome]]:
     """Returns the outcomes that can be counted, and why the others cannot.
 
     Args:
+        proven_viewer: the viewer that reports them. An outcome of another viewer's impression is refused.
         received_at_s: Unix seconds. An outcome is late ``OUTCOME_HORIZON_S`` after its impression, and nothing reads
             late outcomes from the log.
     """
@@ -85,6 +90,10 @@ def read_outcomes(
             ) = signer.read(report.token)  # fmt: skip
         except TokenError as error:
             refused.append(RefusedOutcome(index=index, message=str(error)))
+            continue
+        if proven_viewer is not None and viewer != proven_viewer:
+            message = "impression token: issued to another viewer; report outcomes as the viewer that the slate was for"
+            refused.append(RefusedOutcome(index=index, message=message))
             continue
         done_at = report.event_time.timestamp() if report.event_time else -np.inf
         if max(received_at_s, done_at) > issued_at_s + OUTCOME_HORIZON_S:
