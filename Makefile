@@ -88,7 +88,7 @@ test-quick: install ## Run only the tests that need neither Ray nor a server (ab
 	$(BIN)/python -m pytest -m "not slow and not ray and not redis and not kafka and not cluster and not e2e"
 
 .PHONY: bench
-bench: bench-simulator bench-features bench-ray-train bench-serving bench-quality bench-closed-loop bench-canary bench-rollout bench-stream bench-parity bench-live bench-live-loop ## Run the benchmarks that need no cluster, one after another (hours), then write BENCHMARKS.md.
+bench: bench-simulator bench-features bench-ray-train bench-serving bench-quality bench-closed-loop bench-canary bench-rollout bench-stream bench-parity bench-live bench-live-loop bench-hostile ## Run the benchmarks that need no cluster, one after another (hours), then write BENCHMARKS.md.
 	$(MAKE) bench-report
 
 .PHONY: bench-simulator
@@ -124,8 +124,8 @@ bench-rollout: install ## Measure webhook to rollback, failed requests and arm s
 	$(BIN)/python -m tests.benchmarks.bench_rollout
 
 .PHONY: bench-stream
-bench-stream: install ## Measure outcomes per second and core of the feature stream.
-	$(BIN)/python -m tests.benchmarks.bench_stream
+bench-stream: install ## Measure outcomes per second and core of the feature stream (BENCH_STREAM: flags).
+	$(BIN)/python -m tests.benchmarks.bench_stream $(BENCH_STREAM)
 
 .PHONY: bench-parity
 bench-parity: install ## Replay a million served values with the stream on (minutes).
@@ -138,6 +138,10 @@ bench-live: install ## Measure how soon outcomes, uploads, takedowns and trends 
 .PHONY: bench-live-loop
 bench-live-loop: install ## Compare watch time per viewer-day of a live and a frozen service over 7 simulated days (BENCH_LIVE_LOOP: flags).
 	$(BIN)/python -m tests.benchmarks.bench_live_loop $(BENCH_LIVE_LOOP)
+
+.PHONY: bench-hostile
+bench-hostile: install ## Measure what hostile requests and slow clients cost honest viewers (6 minutes).
+	$(BIN)/python -m tests.benchmarks.bench_hostile
 
 .PHONY: bench-report
 bench-report: install ## Write BENCHMARKS.md from build/bench/*.json.
