@@ -1,4 +1,4 @@
-"""`reelway serve --auth` with its own Ray and HAProxy: proofs, and rates by the client's address.
+"""`reelway serve --auth` with its own Ray and HAProxy: proofs, rates by the client's address, and evidence.
 
 All tests of the module share one service.
 """
@@ -19,6 +19,10 @@ import yaml
 from tests.support.serving.served_run import KNOWN_VIEWER, READY_S, make_run
 
 from reelway.platform.cli.processes import reelway_command, terminate_process_group
+from reelway.platform.eventlog import open_event_log
+from reelway.platform.eventlog.exposure_events import decode_exposures
+from reelway.platform.eventlog.topics import Topic, topic_address
+from reelway.platform.run_directory import RunDirectory
 from reelway.serving.serve_settings import SERVE_SETTINGS
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(300)]
@@ -115,6 +119,23 @@ def test_viewer_gets_its_own_slates_alone(service: Service) -> None:
         answer = httpx.post(f"{service.url}/v1/outcomes", json=outcomes, headers=headers, timeout=30, trust_env=False)
         assert (answer.status_code, answer.json()["accepted"]) == (200, accepted)
     assert service.metric("reelway_ingress_denied_total", kind="viewer") == 1
+
+
+def test_slate_of_a_proven_viewer_is_recorded_so(service: Service) -> None:
+    """The warm-up's slates are those of the service itself, and no evidence."""
+    address = topic_address(str(RunDirectory(service.run).events), Topic.EXPOSURES)
+    deadline = time.monotonic() + 20
+    while True:
+        log = open_event_log(address)
+        tables = [decode_exposures(record.payload) for record in log.read({}, limit=1_000).records]
+        log.close()
+        proven = {(row["viewer_id"], row["authenticated"]) for table in tables for row in table.to_pylist()}
+        if (7, True) in proven:
+            break
+        assert time.monotonic() < deadline, proven
+        time.sleep(0.2)
+    assert (0, False) in proven
+    assert not {viewer for viewer, authenticated in proven if authenticated} - {7, KNOWN_VIEWER}
 
 
 @pytest.mark.skipif(SERVE_SETTINGS["RAY_SERVE_ENABLE_HA_PROXY"] == "0", reason="HAProxy is not installed")

@@ -87,10 +87,10 @@ class PrometheusReader:
         newest = f"{{__name__=~{_any_of(CUMULATIVE_SERIES)},{selector}}}{span}"
         rows = self._query(newest, max(last_sample_times), "matrix")
         reach = math.ceil(max(now - scope.started_at, 0.0) + scope.window_s)
-        viewers = f'{names.EXPOSURE}{{{selector},statistic="viewers"}}[{reach}s]'
+        viewers = f'{names.AUDIENCE}{{{selector},statistic="viewers"}}[{reach}s]'
         highest = self._query(f"max_over_time({viewers})", now, "vector")
         for key, [sample] in highest.items():
-            named = SeriesKey(names.EXPOSURE, key.labels)
+            named = SeriesKey(names.AUDIENCE, key.labels)
             rows[named] = [Sample(now - reach, sample.value), *rows.get(named, [])]
         return rows
 

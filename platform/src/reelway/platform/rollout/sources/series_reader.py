@@ -24,7 +24,7 @@ MAX_SHADOW_S: Final = 3600.0
 """Mirrored requests are counted over the shadow phase, at most over this many seconds."""
 BUCKET: Final = f"{names.LATENCY}_bucket"
 WINDOWED_SERIES: Final = (names.REQUESTS, names.EMPTY_SLATES, BUCKET)
-CUMULATIVE_SERIES: Final = (names.EXPOSURE, names.STATISTIC)
+CUMULATIVE_SERIES: Final = (names.EXPOSURE, names.STATISTIC, names.AUDIENCE, names.AUDIENCE_WEIGHT)
 
 
 class SeriesKey(NamedTuple):
@@ -78,7 +78,7 @@ class SeriesReader(Protocol):
     def read(self, scope: Scope, now: float) -> SeriesReadResult:
         """Returns the samples of the window before ``now``; raises nothing.
 
-        ``EXPOSURE`` of ``viewers`` starts with the highest sample since the rollout began, however old, so that a
+        ``AUDIENCE`` of ``viewers`` starts with the highest sample since the rollout began, however old, so that a
         decrease is noticed long after it happened. For other sums the newest sample is enough. ``SHADOW_REQUESTS``
         start at ``scope.shadow_since``.
         """
