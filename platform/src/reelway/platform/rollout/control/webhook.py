@@ -9,7 +9,6 @@ from __future__ import annotations
 import hmac
 import logging
 import socket
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Final, Protocol
@@ -26,6 +25,7 @@ from reelway.platform.errors import ConfigError, DataError, ReelwayError
 from reelway.platform.request_body import BodyLimit, RequestBodyError, read_body
 from reelway.platform.rollout.alerts import KnownAlert, parse_alerts, parse_webhook
 from reelway.platform.rollout.control.controller_metrics import ControllerMetrics
+from reelway.platform.supervised_thread import SupervisedThread
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ def serve_in_thread(application: Starlette, host: str, port: int) -> Iterator[st
             timeout_graceful_shutdown=2,
         )  # fmt: skip
         server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="webhook", daemon=True)
+        thread = SupervisedThread(server.run, kwargs={"sockets": [listening]}, name="webhook", daemon=True)
         listening.listen(128)
         thread.start()
         try:
