@@ -119,17 +119,17 @@ def test_name_of_a_ray_service_is_a_dns_label(name: str) -> None:
 
 def test_ray_service_is_addressed_by_the_templates_of_the_settings() -> None:
     backend = Backend.model_validate({"rayService": {"name": "reelway"}})
-    address = serve_address(backend, "mine", RaySettings(router_url="http://{name}-router:8000"))
+    address = serve_address(backend, "mine", RaySettings(internal_url="http://{name}-router:8000"))
     assert address.serve_api == "http://reelway-head-svc.mine.svc:8265"
-    assert address.url == "http://reelway-router.mine.svc:8000"
+    assert address.internal_url == "http://reelway-router.mine.svc:8000"
 
 
 @pytest.mark.parametrize("url", ["http://{name}.evil.com", "http://2130706433", "http://{name}.other.svc:8265"])
 def test_template_to_another_host_needs_its_trust(url: str) -> None:
     with pytest.raises(ValidationError, match=r"dashboard_url: host .* is neither a Service"):
         RaySettings(dashboard_url=url)
-    with pytest.raises(ValidationError, match="router_url"):
-        RaySettings(router_url=url)
+    with pytest.raises(ValidationError, match="internal_url"):
+        RaySettings(internal_url=url)
 
 
 @pytest.mark.parametrize("field", ["api", "url"])

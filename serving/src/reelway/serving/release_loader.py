@@ -29,6 +29,7 @@ from reelway.platform.contracts.release_files import NEIGHBOURS_SCHEMA
 from reelway.platform.errors import IncompatibleReleaseError
 from reelway.platform.eventlog.live_lists_file import POPULAR, TRENDING
 from reelway.platform.features.viewer_memory import ViewerMemory
+from reelway.platform.release.cache import ReleaseCache, ReleaseUse
 from reelway.platform.release.folder import read_manifest
 from reelway.platform.release.signing import load_public_keys
 from reelway.platform.release.store import ReleaseStore
@@ -60,8 +61,9 @@ from reelway.serving.video_table import Rows, VideoTable, open_record_batch, ope
 def open_trusted(source: ReleaseArgs, takedowns: TakedownFollower | None = None) -> ReleaseLoader:
     """Returns the loader of a release and fetches the release if the cache lacks it.
 
-    Blocks. Several processes may call this function for the same cache. All checks of ``verify`` apply, except for the
-    feature services, which the routers check, because they alone open the feature store.
+    The release is in use until its video table is garbage; unused releases are removed from the cache. Blocks. Several
+    processes may call this function for the same cache. All checks of ``verify`` apply, except for the feature
+    services, which the routers check, because they alone open the feature store.
 
     Args:
         takedowns: hides what is taken down in the release's video table.
@@ -75,12 +77,14 @@ def open_trusted(source: ReleaseArgs, takedowns: TakedownFollower | None = None)
         IncompatibleReleaseError: if the files disagree with each other or with this version of Reelway.
     """
     keys = load_public_keys(source.public_keys)
-    store, release = ReleaseStore(source.release_store), ReleaseId(source.release)
-    folder = store.fetch(release, source.release_cache, public_keys=keys)
+    cache, release = ReleaseCache(source.release_cache), ReleaseId(source.release)
+    cache.prune()
+    use = cache.hold(release)  # ends with the object, also if the release is rejected
+    folder = ReleaseStore(source.release_store).fetch(release, source.release_cache, public_keys=keys)
     manifest = read_manifest(folder)
     verify_manifest(manifest, public_keys=keys, expected_id=release)
     verify_content(folder, manifest)
-    return ReleaseLoader(folder, overlay=source.overlay, takedowns=takedowns)
+    return ReleaseLoader(folder, overlay=source.overlay, takedowns=takedowns, use=use)
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,7 @@ class ReleaseLoader:
         takedowns: hides what is taken down in the video table; None: nothing is hidden. The first use of the table
             waits until the takedowns are read, and raises ``StorageError`` if they cannot be read.
         clock: Unix seconds; the age of the live lists is measured by it.
+        use: keeps the release in the node's cache.
 
     Every method raises ``IncompatibleReleaseError`` if a file does not have its format.
     """
@@ -103,6 +108,7 @@ class ReleaseLoader:
     overlay: str | None = None
     takedowns: TakedownFollower | None = None
     clock: Callable[[], float] = time.time
+    use: ReleaseUse | None = None
 
     def manifest(self) -> Manifest:
         """Returns the manifest of the release."""
@@ -119,6 +125,7 @@ class ReleaseLoader:
     @cached_property
     def _table(self) -> VideoTable:
         table = open_video_table(self.folder / VIDEOS_FILE)
+        table.release_use = self.use
         if self.overlay:
             start_follower(table, self.overlay, self.release_id())
         if self.takedowns:

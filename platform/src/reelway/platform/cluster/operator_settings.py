@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from reelway.platform.cluster.inference_service import read_template
 from reelway.platform.cluster.service_url import trusted_url
+from reelway.platform.listen_address import EVERYWHERE
 from reelway.platform.rollout.control.controller_settings import (
     AlertmanagerSettings,
     PrometheusSettings,
@@ -40,7 +41,7 @@ UrlTemplate = Annotated[str, AfterValidator(_check_url_template)]
 
 
 class OperatorWebhookSettings(WebhookSettings):
-    host: str = "0.0.0.0"
+    host: str = EVERYWHERE
     port: int = Field(default=8080, ge=0, le=65535, description="0 selects a free port")
     token_file: Path = Field(
         default=Path("/etc/reelway/tokens/webhook"), description="bearer token that Alertmanager sends"
@@ -64,14 +65,14 @@ class RaySettings(SettingsGroup):
         default="", description="RayService whose Serve config is composed from the chart's options; empty for none"
     )
     dashboard_url: UrlTemplate = "http://{name}-head-svc.{namespace}.svc:8265"
-    router_url: UrlTemplate = "http://{name}-serve-svc.{namespace}.svc:8000"
+    internal_url: UrlTemplate = "http://{name}-head-svc.{namespace}.svc:9101"
     trusted_hosts: tuple[str, ...] = Field(
         default=(), description="hosts to which Ray's token may be sent although they are no Services of the namespace"
     )
 
     @model_validator(mode="after")
     def _templates_name_trusted_hosts(self) -> Self:
-        templates: tuple[Literal["dashboard_url", "router_url"], ...] = ("dashboard_url", "router_url")
+        templates: tuple[Literal["dashboard_url", "internal_url"], ...] = ("dashboard_url", "internal_url")
         for name in templates:
             try:
                 self.url_of(name, "name", "namespace")
@@ -79,7 +80,7 @@ class RaySettings(SettingsGroup):
                 raise ValueError(f"{name}: {error}") from error
         return self
 
-    def url_of(self, template: Literal["dashboard_url", "router_url"], name: str, namespace: str) -> str:
+    def url_of(self, template: Literal["dashboard_url", "internal_url"], name: str, namespace: str) -> str:
         """Returns the URL that a template gives for a RayService.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Where a rollout's backend is: the URLs of its Ray dashboard and router, checked before Ray's token is sent there."""
+"""The URLs of a backend's Ray dashboard and internal API, checked before Ray's token is sent there."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def serve_address(backend: Backend, namespace: str, settings: RaySettings) -> Se
     try:
         if backend.ray_service is not None:
             name = backend.ray_service.name
-            router, dashboard = (settings.url_of(which, name, namespace) for which in ("router_url", "dashboard_url"))
+            internal_url = settings.url_of("internal_url", name, namespace)
+            dashboard_url = settings.url_of("dashboard_url", name, namespace)
         else:
             assert backend.serve is not None, "a backend is a RayService or a Serve endpoint"
-            router, dashboard = (
-                trusted_url(url, namespace, settings.trusted_hosts) for url in (backend.serve.url, backend.serve.api)
-            )
+            internal_url = trusted_url(backend.serve.url, namespace, settings.trusted_hosts)
+            dashboard_url = trusted_url(backend.serve.api, namespace, settings.trusted_hosts)
     except ValueError as error:
         raise RolloutError(f"spec.backend: {error}") from error
-    return ServeAddress(router, dashboard, settings.token_file)
+    return ServeAddress(internal_url, dashboard_url, settings.token_file)
