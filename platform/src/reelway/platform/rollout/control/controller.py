@@ -31,6 +31,7 @@ from reelway.platform.rollout.records import HistoryEntry, LastReconcile, Rollou
 from reelway.platform.rollout.state import Phase, RolloutState
 from reelway.platform.rollout.summary import summarise_evidence
 from reelway.platform.rollout.traffic.target import TrafficBackend, TrafficObservation, TrafficTarget, traffic_target
+from reelway.platform.supervised_thread import SupervisedThread
 
 log = logging.getLogger(__name__)
 
@@ -106,11 +107,13 @@ class Controller:
         """
         reconcile_now = threading.Event()
         threads = [
-            threading.Thread(target=self._react_when_woken, args=(stop, alert_arrived, reconcile_now), name="reactions")
+            SupervisedThread(
+                self._react_when_woken, args=(stop, alert_arrived, reconcile_now), name="reactions", stop=stop
+            )
         ]
         if self._polls.enabled:
             threads.append(
-                threading.Thread(target=self._poll_alerts_until, args=(stop, alert_arrived), name="alert-polls")
+                SupervisedThread(self._poll_alerts_until, args=(stop, alert_arrived), name="alert-polls", stop=stop)
             )
         for thread in threads:
             thread.start()
