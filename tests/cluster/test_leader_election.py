@@ -28,8 +28,8 @@ DEADLINE_S = 7.0
 RAY_SERVICE = "/apis/ray.io/v1/namespaces/test/rayservices/reelway"
 CANARY = traffic_target(
     RolloutState(
-        id="r-1", stable_release=STABLE, canary_release=GOOD, phase=Phase.STEPPING, canary_bp=1000, started_at=0,
-        changed_at=0, tick_at=0,
+        id="r-1", salt="s", stable_release=STABLE, canary_release=GOOD, phase=Phase.STEPPING, canary_bp=1000,
+        started_at=0, changed_at=0, tick_at=0,
     )
 )  # fmt: skip
 

@@ -209,7 +209,7 @@ def _creators(slates: list[dict[str, Any]]) -> list[int]:
 
 
 def _collector(live: LiveInstallation) -> str:
-    return f"{live.installation.url}/v1/outcomes/metrics"
+    return f"{live.installation.internal_url}/v1/outcomes/metrics"
 
 
 def _counted(live: LiveInstallation, arm: str = "") -> tuple[int, int]:

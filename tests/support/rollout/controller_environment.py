@@ -136,7 +136,7 @@ class ControllerEnvironment:
         state = start_state(
             self.policy, rollout_id=rollout_id, canary_release=RELEASE, stable_release=STABLE, now=self.clock.now
         )
-        return self.store.create(state, self.policy)
+        return self.store.create(state.model_copy(update={"salt": "the same in every run"}), self.policy)
 
     def tick(self, times: int = 1, *, after_s: float = 30.0) -> list[str]:
         """Reconciles ``times`` times, ``after_s`` apart, and returns the actions."""

@@ -36,6 +36,7 @@ from reelway.platform.rollout.sources.parity_findings import ParityFindings
 from reelway.platform.rollout.sources.prometheus_reader import PrometheusReader
 from reelway.platform.rollout.sources.series_reader import Scope
 from reelway.platform.rollout.sources.snapshot import build_snapshot
+from reelway.platform.tls import TlsSettings
 
 TOKEN = "a-token-of-a-service-account"
 
@@ -198,7 +199,7 @@ def tls_server(tmp_path: Path) -> Iterator[TlsServer]:
 def test_token_is_read_on_every_request(tls_server: TlsServer, tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text(TOKEN + "\n")
-    access = MonitoringAccess(token, tls_server.certificate)
+    access = MonitoringAccess(TlsSettings(token_file=token, ca_file=tls_server.certificate))
     with closing(PrometheusReader(tls_server.url, access=access)) as reader:
         scope = Scope.of(state_of())
         assert reader.read(scope, 1.0).problem == ""
@@ -211,20 +212,28 @@ def test_token_is_read_on_every_request(tls_server: TlsServer, tmp_path: Path) -
         token.write_text("")
         assert f"{token}: no token for 127.0.0.1" in reader.read(scope, 1.0).problem
     token.write_text("renewed")
-    with closing(PrometheusReader(tls_server.url, access=MonitoringAccess(token))) as without_certificate:
+    with closing(
+        PrometheusReader(tls_server.url, access=MonitoringAccess(TlsSettings(token_file=token)))
+    ) as without_certificate:
         assert "CERTIFICATE_VERIFY_FAILED" in without_certificate.read(scope, 1.0).problem
 
 
 def test_alertmanager_requests_carry_the_token(tls_server: TlsServer, tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text(TOKEN)
-    with closing(AlertmanagerClient(tls_server.url, access=MonitoringAccess(token, tls_server.certificate))) as poll:
+    with closing(
+        AlertmanagerClient(
+            tls_server.url, access=MonitoringAccess(TlsSettings(token_file=token, ca_file=tls_server.certificate))
+        )
+    ) as poll:
         assert poll.poll(bool) == PolledAlerts(())
         token.unlink()
         with pytest.raises(RolloutError, match="cannot read the token"):
             poll.poll(bool)
     with (
-        closing(AlertmanagerClient(tls_server.url, access=MonitoringAccess(ca_file=tls_server.certificate))) as bare,
+        closing(
+            AlertmanagerClient(tls_server.url, access=MonitoringAccess(TlsSettings(ca_file=tls_server.certificate)))
+        ) as bare,
         pytest.raises(RolloutError, match="401"),
     ):
         bare.poll(bool)
@@ -234,7 +243,10 @@ def test_token_does_not_follow_a_redirect(tls_server: TlsServer, tmp_path: Path)
     (tmp_path / "token").write_text(TOKEN)
     tls_server.redirect = f"{tls_server.url}/elsewhere"
     with closing(
-        PrometheusReader(tls_server.url, access=MonitoringAccess(tmp_path / "token", tls_server.certificate))
+        PrometheusReader(
+            tls_server.url,
+            access=MonitoringAccess(TlsSettings(token_file=tmp_path / "token", ca_file=tls_server.certificate)),
+        )
     ) as reader:
         assert "302" in reader.read(Scope.of(state_of()), 1.0).problem
     assert len(tls_server.authorizations) == 1
@@ -246,7 +258,7 @@ def test_invalid_certificate_file_is_rejected_at_startup(tmp_path: Path, text: s
     if text is not None:
         path.write_text(text)
     with pytest.raises(ConfigError, match=f"{path}: cannot load CA certificates"):
-        MonitoringAccess(ca_file=path)
+        MonitoringAccess(TlsSettings(ca_file=path))
 
 
 def _self_signed(folder: Path) -> tuple[Path, Path]:

@@ -163,7 +163,9 @@ def test_routers_append_to_the_event_log_that_the_outcomes_application_sums() ->
 def test_without_an_event_log_the_outcomes_application_keeps_it() -> None:
     entries = by_name(compose(outcomes=Path("/state/outcomes.db"), events=None))
     assert (entries["router"]["args"]["events"], entries["router"]["args"]["log_keeper"]) == (None, "outcomes")
-    assert entries["outcomes"]["args"] == {"state": "/state/outcomes.db", "events": "/state/events"}
+    assert entries["outcomes"]["args"] == {
+        "token_secrets": "/keys/token.secret", "state": "/state/outcomes.db", "events": "/state/events"
+    }  # fmt: skip
 
 
 def test_composed_configuration_states_its_releases_with_their_routing() -> None:

@@ -84,7 +84,7 @@ class BackendController:
             self.serve_config = ServeConfigReconciler(
                 api, self.backend, rankers.prepare if rankers else lambda _: None, self._recorded_target
             )
-        url = address.url.rstrip("/")
+        url = address.internal_url.rstrip("/")
         reader: SeriesReader
         if settings.prometheus.url:
             reader = PrometheusReader(settings.prometheus.url, access=settings.prometheus.access(api.namespace))
@@ -166,7 +166,7 @@ def serve_address(backend: Backend, namespace: str, settings: RaySettings) -> Se
     if backend.ray_service is not None:
         names = {"name": backend.ray_service.name, "namespace": namespace}
         return ServeAddress(
-            settings.router_url.format(**names), settings.dashboard_url.format(**names), settings.token_file
+            settings.internal_url.format(**names), settings.dashboard_url.format(**names), settings.token_file
         )
     assert backend.serve is not None, "a backend is a RayService or a Serve endpoint"
     for url in (backend.serve.api, backend.serve.url):

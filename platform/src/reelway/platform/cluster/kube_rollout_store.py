@@ -352,6 +352,7 @@ def _pending_state(resource: RolloutResource) -> RolloutState:
     refused = resource.status.phase == REFUSED
     return RolloutState(
         id=resource.rollout_id,
+        salt=resource.rollout_id,  # no viewer is assigned with it; admission draws the salt of the rollout
         stable_release=resource.spec.stable_release or LIVE,
         canary_release=resource.spec.release,
         phase=Phase.ROLLED_BACK if refused else Phase.PENDING,

@@ -34,9 +34,9 @@ from reelway.platform.errors import ConfigError, KubernetesError, ReelwayError, 
 from reelway.platform.rollout.alerts import KnownAlert, Relevance
 from reelway.platform.rollout.control.bearer_token import ensure_bearer_token
 from reelway.platform.rollout.control.controller_metrics import ControllerMetrics
-from reelway.platform.rollout.control.local_controller import stopped_by_signals
 from reelway.platform.rollout.control.webhook import serve_in_thread
 from reelway.platform.rollout.policy import RolloutPolicy, default_policy, parse_policy
+from reelway.platform.stop_signals import stopped_by_signals
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,8 @@ def run_operator(api: KubeApi, settings: OperatorSettings, stop: threading.Event
         stack.enter_context(stopped_by_signals(stop.set))
         operator = RolloutOperator(api, settings)
         application = operator_application(operator, ensure_bearer_token(settings.webhook.token_file), operator.metrics)
-        url = stack.enter_context(serve_in_thread(application, settings.webhook.host, settings.webhook.port))
+        webhook = settings.webhook
+        url = stack.enter_context(serve_in_thread(application, webhook.host, webhook.port, webhook.certificate()))
         log.info("operator of namespace %s: started, webhook at %s", api.namespace, url)
         operator.run(stop)
     log.info("operator of namespace %s: stopped", api.namespace)

@@ -11,9 +11,9 @@ SHORT_RELEASE: Final = 12
 
 # Names of Prometheus' scrape jobs, whose ``up`` series shows which targets were scraped.
 ROUTER_JOB: Final = "reelway-router"
-"""GET {url}/metrics of every router."""
+"""GET {internal url}/metrics of every router."""
 OUTCOMES_JOB: Final = "reelway-outcomes"
-"""GET {url}/v1/outcomes/metrics."""
+"""GET {internal url}/v1/outcomes/metrics."""
 
 # Exported by the router in /metrics. Labels release and arm; mirrored requests have the arm ``shadow``.
 REQUESTS: Final = "reelway_ingress_requests_total"

@@ -48,6 +48,7 @@ class SlateExposure:
     creator_id: NDArray[np.int64]
     topic: NDArray[np.int32]
     duration_ms: NDArray[np.int32]
+    authenticated: bool = False  # whether the viewer proved its identity
 
     def __len__(self) -> int:
         return len(self.video_id)

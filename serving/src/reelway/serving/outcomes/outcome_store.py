@@ -99,6 +99,13 @@ class OutcomeStore:
         with self._file.writing():
             yield
 
+    @contextmanager
+    def erasing(self) -> Iterator[None]:
+        """Like ``transaction``, and overwrites what it deletes."""
+        with self._file.erasing():
+            yield
+        self._file.truncate_wal()
+
     def rollouts(self) -> dict[str, RolloutRow]:
         rows = self._db.execute("SELECT rollout, exposed_at, retired FROM rollouts")
         return {rollout: RolloutRow(exposed_at, bool(retired)) for rollout, exposed_at, retired in rows}
@@ -204,6 +211,29 @@ class OutcomeStore:
         rows: Sequence[tuple[object, ...]] = list(zip(keys.tolist(), totals.present.tolist(), blobs, strict=True))
         self._db.executemany("INSERT OR REPLACE INTO viewers VALUES (?, ?, ?)", rows)
 
+    def count_viewers(self, viewer_ids: NDArray[np.int64]) -> int:
+        """Returns the number of rows of these viewers, one per arm that showed them something."""
+        rows = self._db.execute(
+            "SELECT count(*) FROM json_each(?) AS k CROSS JOIN viewers AS v ON v.id = k.value",
+            (json.dumps(_keys_on_all_arms(viewer_ids)),),
+        )
+        return int(rows.fetchone()[0])
+
+    def erase_viewers(self, viewer_ids: NDArray[np.int64]) -> int:
+        """Deletes the totals of these viewers on all arms; the arms' sums stay. Returns the number of deleted rows.
+
+        A viewer who comes back counts as a new one.
+        """
+        keys = json.dumps(_keys_on_all_arms(viewer_ids))
+        return self._db.execute("DELETE FROM viewers WHERE id IN (SELECT value FROM json_each(?))", (keys,)).rowcount
+
+    def delete_totals(self, arm: ArmRow, limit: int) -> int:
+        """Deletes the totals of at most ``limit`` viewers of an arm, whose sums stay. Returns their number."""
+        return self._db.execute(
+            "DELETE FROM viewers WHERE id IN (SELECT id FROM viewers WHERE id BETWEEN ? AND ? LIMIT ?)",
+            (*_viewer_range(arm.id), limit),
+        ).rowcount
+
     def read_counted_types(self, hour: int, impression_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Bits of the outcome types already counted for these ascending impressions of one hour."""
         counted = self._db.execute(
@@ -258,6 +288,12 @@ def _viewer_range(arm_id: int) -> tuple[int, int]:
 def viewer_keys(arm_ids: NDArray[np.int64], viewer_ids: NDArray[np.int64]) -> NDArray[np.int64]:
     """Row ids of viewers, each on an arm. Shapes: ``[N], [N] -> [N]``."""
     return np.asarray((arm_ids << _ARM_SHIFT) | viewer_ids)
+
+
+def _keys_on_all_arms(viewer_ids: NDArray[np.int64]) -> list[int]:
+    arms = np.arange(MAX_ARMS, dtype=np.int64)[:, None]
+    keys: list[int] = viewer_keys(arms, viewer_ids[None, :]).ravel().tolist()
+    return keys
 
 
 def arm_ids_of(keys: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hmac
 import logging
-import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -25,10 +24,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from reelway.platform.errors import ConfigError, DataError, ReelwayError
+from reelway.platform.listen_address import create_listener, resolve_host, url_host
 from reelway.platform.request_body import BodyLimit, RequestBodyError, stream_body
 from reelway.platform.rollout.alert_stream import WebhookStream
 from reelway.platform.rollout.alerts import KnownAlert, Relevance
 from reelway.platform.rollout.control.controller_metrics import ControllerMetrics
+from reelway.platform.tls import ServerCertificate
 
 log = logging.getLogger(__name__)
 
@@ -118,35 +119,43 @@ def webhook_application(
 
 
 @contextmanager
-def serve_in_thread(application: Starlette, host: str, port: int) -> Iterator[str]:
+def serve_in_thread(
+    application: Starlette, host: str, port: int, certificate: ServerCertificate | None = None
+) -> Iterator[str]:
     """Serves an application in a thread of this process. Yields its URL; ``port`` 0 chooses a free one.
 
+    Args:
+        host: address to listen at; ``*`` for all interfaces, IPv4 and IPv6.
+        certificate: serves HTTPS alone; by default HTTP.
+
     Raises:
-        ConfigError: if the process cannot listen at the address.
+        ConfigError: if the process cannot listen at the address, or the certificate cannot be read.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listening:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listening.bind((host, port))
-        except OSError as error:
-            raise ConfigError(
-                f"cannot listen at {host} port {port}: {error.strerror or error}; choose another"
-            ) from error
+    tls = certificate.context("webhook", _report_certificate) if certificate else None
+    try:
+        listening = create_listener(host, port)
+    except OSError as error:
+        raise ConfigError(f"cannot listen at {host} port {port}: {error.strerror or error}; choose another") from error
+    with listening:
         config = uvicorn.Config(
             application, log_config=None, log_level="warning", access_log=False, lifespan="off", timeout_keep_alive=30,
             timeout_graceful_shutdown=2,
         )  # fmt: skip
+        config.load()
+        config.ssl = tls
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="webhook", daemon=True)
-        listening.listen(128)
         thread.start()
         try:
-            shown = f"[{host}]" if family is socket.AF_INET6 else host
-            yield f"http://{shown}:{listening.getsockname()[1]}"
+            scheme = "https" if tls else "http"
+            yield f"{scheme}://{url_host(resolve_host(host))}:{listening.getsockname()[1]}"
         finally:
             server.should_exit = True
             thread.join(_STARTUP_TIMEOUT_S)
+
+
+def _report_certificate(error: ConfigError) -> None:
+    log.error("certificate not renewed: %s", error)
 
 
 def _has_token(request: Request, token: str) -> bool:

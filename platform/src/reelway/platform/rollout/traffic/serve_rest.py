@@ -45,7 +45,7 @@ class _ServingRecord(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    url: str
+    internal_url: str
     serve_api: str
     pid: int = 0
 
@@ -64,8 +64,8 @@ class _RouterStatus(BaseModel):
 class ServeAddress:
     """Address of a service without a run directory."""
 
-    url: str
-    """URL of the router."""
+    internal_url: str
+    """URL of the internal API."""
     serve_api: str
     """URL of the Ray dashboard."""
     token_file: Path | None = None
@@ -192,7 +192,7 @@ class ServeRestBackend:
 
     def _read_serving_record(self) -> _ServingRecord:
         if isinstance(self._service, ServeAddress):
-            return _ServingRecord(url=self._service.url, serve_api=self._service.serve_api)
+            return _ServingRecord(internal_url=self._service.internal_url, serve_api=self._service.serve_api)
         path = self._service.path / SERVING_RECORD
         try:
             return _ServingRecord.model_validate_json(path.read_text())
@@ -211,7 +211,7 @@ class ServeRestBackend:
         return self._request(method, url, headers, document)
 
     def _current(self, record: _ServingRecord) -> _RouterStatus:
-        answer = self._request("GET", record.url.rstrip("/") + _CURRENT, {}, None)
+        answer = self._request("GET", record.internal_url.rstrip("/") + _CURRENT, {}, None)
         try:
             return _RouterStatus.model_validate_json(answer.content)
         except ValidationError as error:

@@ -92,4 +92,4 @@ def traffic_target(state: RolloutState) -> TrafficTarget:
         shadow = ShadowRoute(release=state.canary_release, weight_bp=state.shadow_bp)
     releases = tuple(sorted(state.deployed_releases))
     arms = tuple(route for route in routes if route.weight_bp)
-    return TrafficTarget(Routing(salt=state.id, rollout=state.id, arms=arms, shadow=shadow, warm=releases), releases)
+    return TrafficTarget(Routing(salt=state.salt, rollout=state.id, arms=arms, shadow=shadow, warm=releases), releases)
