@@ -178,7 +178,7 @@ def open_loop_rows(side: Variant, fixture: ServingFixture, seconds: float, rate:
 
 def breakdown_rows(kind: str, side: Variant, fixture: ServingFixture, seconds: float) -> list[Row]:
     """Measures the mean milliseconds of each stage's own work and of its transport, between two scrapes."""
-    with httpx.Client(base_url=side.url, timeout=30) as client:
+    with httpx.Client(base_url=side.internal_url, timeout=30) as client:
         before = scraped(client)
         load(side, fixture, seconds)
         parts = breakdown(before, scraped(client))

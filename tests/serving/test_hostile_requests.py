@@ -18,6 +18,7 @@ from tests.support.hostile_requests import (
     check_hostile,
 )
 from tests.support.release_files import make_release_folder
+from tests.support.serving.caller_access import open_access
 from tests.support.serving.hostile_serving_requests import LIKE, OUTCOME, RECOMMEND, VIEWER, check_error
 
 from reelway.platform.eventlog.topics import Topic, open_topic
@@ -48,7 +49,7 @@ def router_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int,
     intake = OutcomeIntake(signer, EventLogWriter(partial(open_topic, events, Topic.OUTCOMES)), IntakeMetrics(registry))
     router = Router(open_release, RouterDependencies(signer=signer, registry=registry, outcomes=intake))
     asyncio.run(router.reconfigure(Routing.single_release("a" * 64).model_dump(mode="json")))
-    with closing(router), serve_in_thread(build_http_api(router), "127.0.0.1", 0) as url:
+    with closing(router), serve_in_thread(build_http_api(router, open_access()), "127.0.0.1", 0) as url:
         yield int(url.rsplit(":", 1)[1]), registry
 
 

@@ -154,6 +154,14 @@ class IngressMetrics:
             "cut_off (the client left), not_found (404 and 405).",
             ["kind"], registry,
         )  # fmt: skip
+        self.denied = counter(
+            "reelway_ingress_denied_total",
+            "Requests denied, by kind: address_rate, viewer_rate (429), viewer (403), no_keys (503), others (401).",
+            ["kind"], registry,
+        )  # fmt: skip
+        self.key_faults = counter(
+            "reelway_ingress_key_faults_total", "Failed reads of the keys that verify viewers.", [], registry
+        )
         self.shed = counter(
             "reelway_ingress_shed_total", "Requests rejected with 429 because too many were in flight.", both,
             registry,

@@ -38,7 +38,8 @@ OnlineStore = Annotated[
     str | None,
     typer.Option(
         "--online-store",
-        help="Feast online store: 'sqlite' or 'redis://host:port'. Defaults to SQLite in the run directory.",
+        help="Feast online store: 'sqlite', 'redis://host:port/database' or, with TLS, 'rediss://...'. A password in "
+        "it is never stored; later commands need it in REDIS_PASSWORD. Defaults to SQLite in the run directory.",
         envvar="REELWAY_ONLINE_STORE",
     ),
 ]
@@ -233,6 +234,7 @@ def _build(run: RunDirectory, cpus: int, ray_address: str, online_store: str | N
     from reelway.pipelines.features.training_rows import TRAINING_ROWS_FILE, build_training_rows
     from reelway.pipelines.features.views import ViewSettings
     from reelway.platform.features.dimensions import read_dimensions
+    from reelway.platform.features.redis_address import without_password
 
     run.record("dataset")
     dimensions = read_dimensions(run.dataset)
@@ -240,7 +242,7 @@ def _build(run: RunDirectory, cpus: int, ray_address: str, online_store: str | N
     path = run.features / TRAINING_ROWS_FILE
     with run.step(
         "features",
-        config={"views": asdict(settings.views), "online_store": online_store or "sqlite"},
+        config={"views": asdict(settings.views), "online_store": without_password(online_store or "sqlite")},
         after=("dataset",),
         inputs=(feature_repo_path() / "definitions.py",),
         outputs=(path, run.features / "views", run.features / "registry.db"),

@@ -21,12 +21,17 @@ import httpx
 
 from reelway.platform.atomic_files import ensure_private_token
 from reelway.platform.errors import ServingError
+from reelway.platform.listen_address import url_host
+from reelway.platform.rollout.control.webhook import serve_in_thread
 from reelway.platform.rollout.traffic.routing import Routing
 from reelway.platform.rollout.traffic.serve_config import compose_serve_config
 from reelway.platform.rollout.traffic.serving_options import ServingOptions
 from reelway.platform.stop_signals import ignored_stop_signals, preserved_stop_signals
+from reelway.serving.access import InternalCredential
 from reelway.serving.free_ports import find_free_port
+from reelway.serving.internal_api import build_internal_api
 from reelway.serving.serve_settings import haproxy_paths_and_ports
+from reelway.serving.token_secrets import read_token_secrets
 
 APPLICATIONS: Final = "/api/serve/applications/"
 READY_TIMEOUT_S: Final = 180.0
@@ -35,18 +40,22 @@ LOCAL: Final = "127.0.0.1"
 
 @dataclass(frozen=True)
 class ServiceAddresses:
-    """Addresses of the service and of Serve's REST API, and the file with the API's bearer token."""
+    """Addresses of the service, its internal API and Serve's REST API, and the file with the latter's bearer token."""
 
     url: str
+    internal_url: str
     serve_api: str
     token: Path
 
 
 @contextmanager
-def running_service(routing: Routing, options: ServingOptions, token: Path) -> Iterator[ServiceAddresses]:
+def running_service(
+    routing: Routing, options: ServingOptions, token: Path, *, internal_port: int = 0
+) -> Iterator[ServiceAddresses]:
     """Runs Ray and the service while the block runs; the service answers when the block is entered.
 
     Args:
+        internal_port: port of the internal API; 0 chooses a free one.
         token: file of the REST API's token; created, readable by its owner only, if it does not exist.
 
     Raises:
@@ -54,10 +63,15 @@ def running_service(routing: Routing, options: ServingOptions, token: Path) -> I
     """
     options.metrics_dir.mkdir(parents=True, exist_ok=True)
     ensure_private_token(token)
-    with tempfile.TemporaryDirectory(prefix="reelway-") as socket_dir:  # the path of a socket must be short
+    url = f"http://{url_host(options.host)}:{options.port}"
+    internal_api = build_internal_api(url, InternalCredential(read_token_secrets(options.token_secrets)))
+    with (
+        serve_in_thread(internal_api, LOCAL, internal_port) as internal_url,
+        tempfile.TemporaryDirectory(prefix="reelway-") as socket_dir,  # the path of a socket must be short
+    ):
         authentication = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
         with _environment({**haproxy_paths_and_ports(Path(socket_dir)), **authentication}), _local_ray() as serve_api:
-            addresses = ServiceAddresses(f"http://{options.host}:{options.port}", serve_api, token)
+            addresses = ServiceAddresses(url, internal_url, serve_api, token)
             deploy(addresses, compose_serve_config(options, routing.releases, routing))
             yield addresses
 

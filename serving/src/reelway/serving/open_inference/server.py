@@ -20,12 +20,13 @@ from pathlib import Path
 from kserve import ModelServer
 from prometheus_client import REGISTRY
 
+from reelway.platform.listen_address import EVERYWHERE
 from reelway.platform.stop_signals import handled_signals
 from reelway.serving.open_inference.data_plane import RankerDataPlane, ReadOnlyRepository
 from reelway.serving.open_inference.grpc_server import RankerGrpcServer
 from reelway.serving.open_inference.kserve_model import RankerModel
 from reelway.serving.open_inference.ranker_service import LoadedRanker, RankerService
-from reelway.serving.open_inference.rest_server import RankerRestServer, create_listener
+from reelway.serving.open_inference.rest_server import RankerRestServer, create_rest_listener
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class RankServerOptions:
 
     release_dir: Path
     """Folder of one release, verified."""
-    host: str = "0.0.0.0"
+    host: str = EVERYWHERE
     http_port: int = 8080
     """Port of REST, health checks and metrics; 0 selects a free port."""
     grpc_port: int = 8081
@@ -102,7 +103,7 @@ class RankServer(ModelServer):
             loop.add_signal_handler(number, self.stop, number)
         parts = (self.dataplane, self.model_repository_extension, self._service)
         rest = RankerRestServer(
-            create_listener(options.host, options.http_port), *parts, max_bytes=options.max_bytes,
+            create_rest_listener(options.host, options.http_port), *parts, max_bytes=options.max_bytes,
             body_timeout_s=options.body_timeout_s, grace_period_s=options.grace_period_s,
         )  # fmt: skip
         grpc_server = RankerGrpcServer(

@@ -53,8 +53,11 @@ class OutcomeIntake:
         self._waiting = 0
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="outcomes")
 
-    async def accept(self, request: OutcomesRequest) -> OutcomesResponse:
+    async def accept(self, request: OutcomesRequest, viewer_id: int | None = None) -> OutcomesResponse:
         """Records the valid outcomes and returns why the others were refused.
+
+        Args:
+            viewer_id: the proven viewer, whose outcomes alone are valid. None: nobody has proven an identity.
 
         Raises:
             ServingError: if too many outcomes are queued, or too many requests wait. None was accepted.
@@ -63,9 +66,9 @@ class OutcomeIntake:
         loop = asyncio.get_running_loop()
         reported, read = request.outcomes, partial(read_outcomes, received_at_s=self._clock())
         if len(reported) <= READ_INLINE:
-            columns, refused = read(reported, self._signer)
+            columns, refused = read(reported, self._signer, viewer_id)
         else:
-            columns, refused = await loop.run_in_executor(self._threads, read, reported, self._signer)
+            columns, refused = await loop.run_in_executor(self._threads, read, reported, self._signer, viewer_id)
         if refused:
             self._metrics.refused.inc(len(refused))
         if len(columns):

@@ -49,6 +49,7 @@ class OutcomeColumns:
     topic: NDArray[np.int64]  # -1 if unknown
     kind: NDArray[np.int64]  # index into OUTCOME_TYPES
     value: NDArray[np.float64]
+    authenticated: NDArray[np.bool_]  # whether the viewer that reports proved its identity
 
     def __len__(self) -> int:
         return len(self.arm)
@@ -65,11 +66,16 @@ class OutcomeColumns:
 
 
 def read_outcomes(
-    reported: Sequence[ReportedOutcome], signer: TokenSigner, *, received_at_s: float = -math.inf
+    reported: Sequence[ReportedOutcome],
+    signer: TokenSigner,
+    proven_viewer: int | None = None,
+    *,
+    received_at_s: float = -math.inf,
 ) -> tuple[OutcomeColumns, list[RefusedOutcome]]:
     """Returns the outcomes that can be counted, and why the others cannot.
 
     Args:
+        proven_viewer: the viewer that reports them. An outcome of another viewer's impression is refused.
         received_at_s: Unix seconds. An outcome is late ``OUTCOME_HORIZON_S`` after its impression, and nothing reads
             late outcomes from the log.
     """
@@ -85,6 +91,10 @@ def read_outcomes(
             ) = signer.read(report.token)  # fmt: skip
         except TokenError as error:
             refused.append(RefusedOutcome(index=index, message=str(error)))
+            continue
+        if proven_viewer is not None and viewer != proven_viewer:
+            message = "impression token: issued to another viewer; report outcomes as the viewer that the slate was for"
+            refused.append(RefusedOutcome(index=index, message=message))
             continue
         done_at = report.event_time.timestamp() if report.event_time else -np.inf
         if max(received_at_s, done_at) > issued_at_s + OUTCOME_HORIZON_S:
@@ -109,10 +119,12 @@ def read_outcomes(
                 1.0 if value is None else value,
             )
         )  # fmt: skip
-    return _columns(tuple(arms), tuple(sources), rows), refused
+    return _columns(tuple(arms), tuple(sources), rows, authenticated=proven_viewer is not None), refused
 
 
-def _columns(arms: tuple[ArmKey, ...], sources: tuple[str, ...], rows: Sequence[tuple[float, ...]]) -> OutcomeColumns:
+def _columns(
+    arms: tuple[ArmKey, ...], sources: tuple[str, ...], rows: Sequence[tuple[float, ...]], *, authenticated: bool
+) -> OutcomeColumns:
     (
         code, source, impression, request, viewer, video, position, propensity,
         issued, done, weight, slices, duration, creator, topic, kind, value,
@@ -137,4 +149,5 @@ def _columns(arms: tuple[ArmKey, ...], sources: tuple[str, ...], rows: Sequence[
         topic=np.array(topic, np.int64),
         kind=np.array(kind, np.int64),
         value=np.array(value, np.float64),
+        authenticated=np.full(len(rows), authenticated),
     )

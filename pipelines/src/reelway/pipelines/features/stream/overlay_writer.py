@@ -34,6 +34,7 @@ from reelway.platform.eventlog.catalogue_events import decode_status_changes
 from reelway.platform.eventlog.catalogue_log import READ_LIMIT, VersionGuard
 from reelway.platform.eventlog.topics import Topic, open_topic
 from reelway.platform.eventlog.upload_overlay import OverlayRequests
+from reelway.platform.listen_address import all_interfaces
 from reelway.platform.release.cache import ReleaseCache
 from reelway.platform.release.folder import read_manifest
 from reelway.platform.release.signing import check_signature, load_public_keys
@@ -228,7 +229,8 @@ def run_overlay_writer(options: OverlayOptions, stop: threading.Event) -> None:
         closing(ListWriter(options.events, options.overlay, options.lists_state, registry)) as lists,
     ):
         poller = ListPoller(lists, metrics)
-        server = start_http_server(options.metrics_port, registry=registry) if options.metrics_port else None
+        port = options.metrics_port
+        server = start_http_server(port, all_interfaces(), registry=registry) if port else None
         try:
             while not stop.is_set():
                 changed = writer.step()

@@ -167,7 +167,7 @@ def serve(
         help="File with the bearer token that clients must send. Defaults to RUN/keys/catalogue.token, which is "
         "created if it does not exist.",
     ),
-    host: str = typer.Option("127.0.0.1", help="IP address to listen on."),
+    host: str = typer.Option("127.0.0.1", help="IP address to listen on; * listens on all interfaces."),
     port: int = typer.Option(8085, min=0, max=65535, help="Port to listen on; 0 chooses a free port."),
     schema: Path | None = typer.Option(
         None, help="Folder of the data set, whose schema.json content vectors must fit. Defaults to RUN/dataset."
@@ -177,7 +177,7 @@ def serve(
 
     \b
     Example:
-      reelway catalogue serve --events kafka://kafka:9092 --token-file /secrets/token --host 0.0.0.0 --port 8085
+      reelway catalogue serve --events kafka://kafka:9092 --token-file /secrets/token --host '*' --port 8085
     """
     import threading
     from contextlib import closing

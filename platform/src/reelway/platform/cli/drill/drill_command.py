@@ -166,7 +166,7 @@ def check_preconditions(run: RunDirectory, store: RolloutStore, by: DetectedBy) 
         raise RolloutError(f"{problem}: {controller_start_hint(run)}")
     if latest is not None and latest.state.active:
         raise RolloutError(f"rollout {latest.state.id} is {latest.state.phase.value}; retry when it has ended")
-    if by is DetectedBy.EVIDENCE and not has_traffic(serving.url):
+    if by is DetectedBy.EVIDENCE and not has_traffic(serving.internal_url):
         raise RolloutError(
             f"{serving.url} received no request within {TRAFFIC_PROBE_S:g} s, and without viewers there is no "
             f"evidence; start `reelway traffic --run {run.path}` in another terminal, or test an alert with "

@@ -73,7 +73,7 @@ def run_controller(settings: ControllerSettings, stop: threading.Event | None = 
         token = ensure_bearer_token(run.keys / WEBHOOK_TOKEN)
         store = stack.enter_context(closing(SqliteRolloutStore(run.path / "rollout" / "state.db")))
         backend = stack.enter_context(closing(ServeRestBackend(run)))
-        alerts, metrics = AlertRegistry(store), ControllerMetrics()
+        alerts, metrics = AlertRegistry(store, on_change=wake.set), ControllerMetrics()
         controller = Controller(
             store,
             backend,
@@ -84,7 +84,8 @@ def run_controller(settings: ControllerSettings, stop: threading.Event | None = 
             metrics=metrics,
         )
         application = webhook_application(alerts, wake.set, token, metrics)
-        url = stack.enter_context(serve_in_thread(application, settings.webhook.host, settings.webhook.port))
+        webhook = settings.webhook
+        url = stack.enter_context(serve_in_thread(application, webhook.host, webhook.port, webhook.certificate()))
         write_json(record, {"url": url, "pid": os.getpid()})
         stack.callback(record.unlink, missing_ok=True)
         log.info("controller of %s: started, webhook at %s", run.path, url)
