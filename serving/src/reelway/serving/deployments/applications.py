@@ -180,7 +180,9 @@ class OutcomesDeployment:
         log_to_replica_file()
         self._events = args.events
         self._credential = InternalCredential(read_token_secrets(args.token_secrets))
-        self._collector = OutcomeCollector(args.state, partial(open_topic, args.events))
+        self._collector = OutcomeCollector(
+            args.state, partial(open_topic, args.events), require_authenticated=args.require_authenticated
+        )
         self._kept: dict[Topic, EventLog] = {}
         self._opening = Lock()
 

@@ -63,6 +63,7 @@ class OutcomeCollector:
         clock: Unix seconds, for the age in the metrics only.
         keep_rollouts: how many of the newest rollouts stay in memory and in the metrics.
         wait_s: how long to wait for another process to release the file.
+        require_authenticated: whether only viewers who proved their identity are evidence.
 
     Raises:
         MalformedFileError: if the file is not an outcome store.
@@ -77,9 +78,10 @@ class OutcomeCollector:
         clock: Callable[[], float] = time.time,
         keep_rollouts: int = 4,
         wait_s: float = 30.0,
+        require_authenticated: bool = False,
     ) -> None:
         self._store = OutcomeStore(path, wait_s=wait_s)
-        self._ledger = Ledger(self._store, keep_rollouts=keep_rollouts)
+        self._ledger = Ledger(self._store, keep_rollouts=keep_rollouts, require_authenticated=require_authenticated)
         self._open_topic = open_topic
         self._clock = clock
         self._topics: dict[Topic, _FollowedTopic] = {}

@@ -250,6 +250,8 @@ class Controller:
     def _report_decision(self, reconcile_pass: _ReconcilePass, state: RolloutState) -> None:
         self._metrics.decisions.labels(reconcile_pass.decision.action.value).inc()
         self._metrics.set_state(state)
+        suspicions = reconcile_pass.evidence["suspicions"]
+        self._metrics.set_suspicions({one["name"]: one["suspected"] for one in suspicions})
         if _is_notable(reconcile_pass):
             log.info("%s %s: %s", state.id, reconcile_pass.decision.action.value, reconcile_pass.decision.reason)
 

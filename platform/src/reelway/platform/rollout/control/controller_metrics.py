@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from prometheus_client import CollectorRegistry, generate_latest
 
 from reelway.platform.contracts.events import Arm
@@ -22,6 +24,12 @@ class ControllerMetrics:
             "reelway_rollout_weight_basis_points",
             "Recorded traffic weights of the newest rollout.",
             ["arm", "release"],
+            registry,
+        )
+        self.suspicion = gauge(
+            "reelway_rollout_suspicion",
+            "1 while the arms' audiences differ, so that viewers may be forged.",
+            ["kind"],
             registry,
         )
         self.decisions = counter("reelway_rollout_decisions_total", "Decisions by action.", ["kind"], registry)
@@ -62,6 +70,12 @@ class ControllerMetrics:
         releases = {Arm.STABLE: state.stable_release, Arm.CANARY: state.canary_release, Arm.HOLDOUT: state.live_release}
         for arm, points in state.weights.items():
             self.weight.labels(arm.value, short_id(releases[arm])).set(points)
+
+    def set_suspicions(self, suspected: Mapping[str, bool]) -> None:
+        """Sets the gauges to the comparisons of the newest evidence; an empty one has no viewers to compare."""
+        self.suspicion.clear()
+        for name, is_suspected in suspected.items():
+            self.suspicion.labels(name).set(is_suspected)
 
     def render(self) -> bytes:
         """Returns all metrics in Prometheus' text format."""
