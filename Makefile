@@ -89,7 +89,7 @@ test-quick: install ## Run only the tests that need neither Ray nor a server (ab
 	$(BIN)/python -m pytest -m "not slow and not ray and not redis and not kafka and not cluster and not e2e"
 
 .PHONY: bench
-bench: bench-simulator bench-features bench-ray-train bench-serving bench-quality bench-closed-loop bench-canary bench-rollout bench-stream bench-parity bench-live bench-live-loop ## Run the benchmarks that need no cluster, one after another (hours), then write BENCHMARKS.md.
+bench: bench-simulator bench-features bench-ray-train bench-serving bench-quality bench-closed-loop bench-canary bench-rollout bench-stream bench-parity bench-live bench-live-loop bench-hostile bench-process-life ## Run the benchmarks that need no cluster, one after another (hours), then write BENCHMARKS.md.
 	$(MAKE) bench-report
 
 .PHONY: bench-simulator
@@ -125,8 +125,8 @@ bench-rollout: install ## Measure webhook to rollback, failed requests and arm s
 	$(BIN)/python -m tests.benchmarks.bench_rollout
 
 .PHONY: bench-stream
-bench-stream: install ## Measure outcomes per second and core of the feature stream.
-	$(BIN)/python -m tests.benchmarks.bench_stream
+bench-stream: install ## Measure outcomes per second and core of the feature stream (BENCH_STREAM: flags).
+	$(BIN)/python -m tests.benchmarks.bench_stream $(BENCH_STREAM)
 
 .PHONY: bench-parity
 bench-parity: install ## Replay a million served values with the stream on (minutes).
@@ -139,6 +139,14 @@ bench-live: install ## Measure how soon outcomes, uploads, takedowns and trends 
 .PHONY: bench-live-loop
 bench-live-loop: install ## Compare watch time per viewer-day of a live and a frozen service over 7 simulated days (BENCH_LIVE_LOOP: flags).
 	$(BIN)/python -m tests.benchmarks.bench_live_loop $(BENCH_LIVE_LOOP)
+
+.PHONY: bench-process-life
+bench-process-life: install ## Measure how the service ends on SIGTERM and SIGINT to the process and to its group, 20 times each (an hour).
+	$(BIN)/python -m tests.benchmarks.bench_process_life $(BENCH_PROCESS_LIFE)
+
+.PHONY: bench-hostile
+bench-hostile: install ## Measure what hostile requests and slow clients cost honest viewers (6 minutes).
+	$(BIN)/python -m tests.benchmarks.bench_hostile
 
 .PHONY: bench-report
 bench-report: install ## Write BENCHMARKS.md from build/bench/*.json.

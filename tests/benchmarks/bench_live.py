@@ -25,6 +25,7 @@ import argparse
 import asyncio
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -40,17 +41,25 @@ from reelway.platform.cli.terminal import print_status
 
 Measure = Callable[[LiveService], Coroutine[None, None, list[Row]]]
 STREAM: Final = "stream"
+SMALL: Final = "small"
+LARGE: Final = "large"
+LARGE_VIDEOS: Final = 1_000_000
 
 
 def main() -> None:
     options = _options()
-    rows: list[Row] = []
+    reports: defaultdict[str, list[Row]] = defaultdict(list)
     try:
         with tempfile.TemporaryDirectory(prefix="bench-live-") as name:
-            for part in _measured(options, Path(name)):
-                rows += part
+            for report, part in _measured(options, Path(name)):
+                reports[report] += part
     finally:  # keeps the rows measured before a failure
-        write_report("live", rows)
+        if rows := reports[SMALL]:
+            write_report("live", rows)
+        if rows := reports[LARGE]:
+            write_report("live_large", rows)
+        if rows := reports[STREAM]:
+            write_report("live_stream", rows)
 
 
 def _parts(options: argparse.Namespace) -> dict[str, Measure]:
@@ -65,7 +74,8 @@ def _parts(options: argparse.Namespace) -> dict[str, Measure]:
     }
 
 
-def _measured(options: argparse.Namespace, path: Path) -> Iterator[list[Row]]:
+def _measured(options: argparse.Namespace, path: Path) -> Iterator[tuple[str, list[Row]]]:
+    """Yields the key of a report and rows of it: small and large catalogues and the stream have one each."""
     chosen = {name: measure for name, measure in _parts(options).items() if name in options.only}
     for videos in options.videos if chosen else ():
         with live_service(path / f"service-{videos}", videos) as service:
@@ -73,11 +83,12 @@ def _measured(options: argparse.Namespace, path: Path) -> Iterator[list[Row]]:
             for name, measure in chosen.items():
                 start = time.monotonic()
                 rows = asyncio.run(measure(service))
-                yield [replace(row, metric=f"{videos:,} videos: {row.metric}") for row in rows]
+                report = SMALL if videos < LARGE_VIDEOS else LARGE
+                yield report, [replace(row, metric=f"{videos:,} videos: {row.metric}") for row in rows]
                 print_status(f"{name}: {time.monotonic() - start:.0f} s")
     if STREAM in options.only:
         start = time.monotonic()
-        yield measure_stream(path / STREAM, options.stream_outcomes, options.kills)
+        yield STREAM, measure_stream(path / STREAM, options.stream_outcomes, options.kills)
         print_status(f"{STREAM}: {time.monotonic() - start:.0f} s")
 
 

@@ -80,9 +80,19 @@ BENCHMARKS: Final = (
     ),
     Benchmark(
         "live",
-        "How soon outcomes, uploads, takedowns and trends show in slates, what that adds to a slate, and the stream on "
-        "Quix Streams, on a real Kafka broker and a real Redis. All processes share the cores.",
+        "How soon outcomes, uploads, takedowns and trends show in slates, and what that adds to a slate, on a real "
+        "Kafka broker and a real Redis. All processes share the cores.",
         "make bench-live",
+    ),
+    Benchmark(
+        "live_large",
+        "The same with a catalogue of 1,000,000 videos.",
+        'make bench-live BENCH_LIVE="--videos 1000000"',
+    ),
+    Benchmark(
+        "live_stream",
+        "The stream on Quix Streams with a real Kafka broker on the same cores: throughput, and killed members.",
+        'make bench-live BENCH_LIVE="--only stream"',
     ),
     Benchmark(
         "live_loop",
@@ -96,9 +106,20 @@ BENCHMARKS: Final = (
         "make bench-canary",
     ),
     Benchmark(
+        "hostile",
+        "Latency of honest requests at half of the capacity beside hostile requests and beside slow clients. Load "
+        "generators and service share the cores.",
+        "make bench-hostile",
+    ),
+    Benchmark(
         "rollout",
         "Rollouts on a running service under load: time to roll back, failed requests, stickiness of arms.",
         "make bench-rollout",
+    ),
+    Benchmark(
+        "process_life",
+        "How `reelway serve` ends on SIGTERM and SIGINT, sent to the process and to its group.",
+        "make bench-process-life",
     ),
     Benchmark(
         "e2e",

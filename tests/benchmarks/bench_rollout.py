@@ -186,7 +186,7 @@ def seen_by_viewers(bench: Bench) -> list[Row]:
     for one in canary:
         rollout = bench.rollouts[int(np.searchsorted(starts, one["sent"])) - 1]
         before_promotion = one["sent"] < promoted.get(rollout.id, float("inf"))
-        wrong += before_promotion and bucket_of(int(one["viewer"]), rollout.id) >= ramped
+        wrong += before_promotion and bucket_of(int(one["viewer"]), rollout.salt) >= ramped
     p = float(chisquare(np.bincount(buckets_of(np.arange(1_000_000), "bench"), minlength=BUCKETS)).pvalue)
     return [
         Row(f"failed requests of {len(rows):,} over {len(bench.rollouts)} rollouts", float(len(failed)), "requests",

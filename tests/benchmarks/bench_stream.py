@@ -1,11 +1,15 @@
 """Measures outcomes per second and core of the stream processor, which reads, labels, aggregates and records them.
 
 The log has generated traffic at a steady rate over some hours, in the format of the service. Writing rows to the online
-store is not counted, because its speed depends on Feast and the store.
+store is not counted, because its speed depends on Feast and the store. With ``--beside CHECKOUT``, the same benchmark
+of another commit, checked out and installed there, runs before and after.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -76,7 +80,8 @@ def batch(rng: np.random.Generator, known: DatasetState, second: int) -> pa.Reco
         "shown_at": np.full(RATE, now_us - 9_000_000), "release": ["r"] * RATE, "arm": ["stable"] * RATE,
         "source": ["ann"] * RATE, "propensity": np.ones(RATE), "type": [str(OUTCOME_TYPES[k]) for k in kind],
         "value": np.where(kind == 0, rng.integers(0, 60_000, RATE), 1), "event_time": np.full(RATE, now_us),
-        "done_at": [None] * RATE, "rollout": [None] * RATE, "weight": [None] * RATE, "slices": [None] * RATE, **stamps,
+        "done_at": [None] * RATE, "rollout": [None] * RATE, "weight": [None] * RATE, "slices": [None] * RATE,
+        "authenticated": [None] * RATE, **stamps,
     }  # fmt: skip
     arrays = [
         pa.array(columns[f.name]).cast(pa.int64()).cast(f.type)
@@ -88,6 +93,31 @@ def batch(rng: np.random.Generator, known: DatasetState, second: int) -> pa.Reco
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--beside", type=Path, metavar="CHECKOUT", help="installed checkout of the commit to compare with"
+    )
+    other = parser.parse_args().beside
+    before = [_of_checkout(other)] if other else []
+    rows = [Row("outcomes per second and core", measured := measure(), "1/s")]
+    if other:
+        others = float(np.mean([*before, _of_checkout(other)]))
+        ratio = measured / others
+        rows += [
+            Row("outcomes per second and core, the other commit, mean of two runs", others, "1/s"),
+            Row("this commit over the other", ratio, "x", ">= 1.2", ratio >= 1.2),
+        ]
+    write_report("stream", rows)
+
+
+def _of_checkout(path: Path) -> float:
+    subprocess.run([".venv/bin/python", "-m", "tests.benchmarks.bench_stream"], cwd=path, check=True)
+    (row,) = json.loads((path / "build/bench/stream.json").read_text())
+    return float(row["value"])
+
+
+def measure() -> float:
+    """Returns outcomes per second of CPU time, of a stream in this process."""
     rng = np.random.default_rng(0)
     known = dataset(rng)
     with tempfile.TemporaryDirectory() as folder:
@@ -114,7 +144,7 @@ def main() -> None:
             log.close()
     assert outcomes_read == RATE * SECONDS
     print(f"{outcomes_read:,} outcomes, {rows:,} rows in {cpu:.1f} s of one core, {wall:.1f} s in all")
-    write_report("stream", [Row("outcomes per second and core", outcomes_read / cpu, "1/s")])
+    return outcomes_read / cpu
 
 
 if __name__ == "__main__":

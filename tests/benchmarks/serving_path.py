@@ -126,30 +126,30 @@ def measure_in_turns(
 
 
 def load(
-    side: Variant, fixture: ServingFixture, seconds: float, *, beyond: bool = False, **plan: Any
+    side: Variant, fixture: ServingFixture, seconds: float, *, beyond: bool = False, **settings: Any
 ) -> NDArray[np.void]:
     """Returns the responses to the load; exits at a degraded response.
 
     Args:
         beyond: the load exceeds the capacity, so late stages may use their fallbacks; exits at a failed response only.
     """
-    answers = run_load(plan(side, fixture, seconds, **plan))
+    answers = run_load(plan(side, fixture, seconds, **settings))
     if not (answers["status"] == 200 if beyond else answers["whole"]).all():
         statuses = np.unique(answers["status"], return_counts=True)
         raise SystemExit(f"{(~answers['whole']).sum()} of {len(answers)} responses are degraded; statuses {statuses}")
     return answers
 
 
-def plan(side: Variant, fixture: ServingFixture, seconds: float, **plan: Any) -> LoadPlan:
+def plan(side: Variant, fixture: ServingFixture, seconds: float, **settings: Any) -> LoadPlan:
     record = str(fixture.path / "load.npy")
-    return LoadPlan(side.url, record, seconds, viewers=VIEWERS, count=COUNT, time=NOW, **plan)
+    return LoadPlan(side.url, record, seconds, viewers=VIEWERS, count=COUNT, time=NOW, **settings)
 
 
 def measured(
-    side: Variant, fixture: ServingFixture, seconds: float, *, beyond: bool = False, **plan: Any
+    side: Variant, fixture: ServingFixture, seconds: float, *, beyond: bool = False, **settings: Any
 ) -> LoadResult:
     before = side.cpu_s()
-    answers = load(side, fixture, seconds, beyond=beyond, **plan)
+    answers = load(side, fixture, seconds, beyond=beyond, **settings)
     took = float(answers["done"].max() - answers["due"].min())
     cpu_ms, whole = 1000 * (side.cpu_s() - before) / len(answers), float(answers["whole"].mean())
     return LoadResult(latency_ms(answers), len(answers) / took, cpu_ms, whole)
@@ -178,7 +178,7 @@ def open_loop_rows(side: Variant, fixture: ServingFixture, seconds: float, rate:
 
 def breakdown_rows(kind: str, side: Variant, fixture: ServingFixture, seconds: float) -> list[Row]:
     """Measures the mean milliseconds of each stage's own work and of its transport, between two scrapes."""
-    with httpx.Client(base_url=side.url, timeout=30) as client:
+    with httpx.Client(base_url=side.internal_url, timeout=30) as client:
         before = scraped(client)
         load(side, fixture, seconds)
         parts = breakdown(before, scraped(client))

@@ -39,6 +39,8 @@ class Variant:
 
     url: str
     process: psutil.Process
+    internal_url: str = ""
+    """URL of the internal API; empty for a service without one."""
 
     def cpu_s(self) -> float:
         """Returns the CPU seconds of all processes of the service, Ray's processes included."""
@@ -72,7 +74,8 @@ def running(kind: str, fixture: Path, **settings: Any) -> Iterator[Variant]:
             line = process.stdout.readline()
             if not line:
                 raise SystemExit(f"service {kind!r}: did not start; see its message above")
-            yield Variant(json.loads(line)["url"], psutil.Process(process.pid))
+            printed = json.loads(line)
+            yield Variant(printed["url"], psutil.Process(process.pid), printed.get("internal_url", ""))
         finally:
             process.stdin.close()
 
@@ -136,7 +139,7 @@ def _ours(kind: str, fixture: ServingFixture, settings: dict[str, Any]) -> None:
         **settings,
     )
     with running_service(Routing.single_release(fixture.release), options, path / "ray.token") as service:
-        print(json.dumps({"url": service.url}), flush=True)
+        print(json.dumps({"url": service.url, "internal_url": service.internal_url}), flush=True)
         sys.stdin.read()
 
 

@@ -116,7 +116,7 @@ def healthy_live_parts() -> Series:
         "reelway_ingress_memory_lost_total", "reelway_ingress_parity_samples_lost_total",
         "reelway_outcomes_memory_failures_total",
         "reelway_outcomes_memory_lost_total", "reelway_catalogue_faults_total", "reelway_uploads_faults_total",
-        "reelway_uploads_unrepaired_total",
+        "reelway_uploads_unrepaired_total", "reelway_outcomes_dropped_arms_total",
     )  # fmt: skip
     return {
         **{name: level(2) for name in ages},
@@ -141,12 +141,14 @@ FAULTS: Final[list[tuple[str, Mapping[str, list[float]], int]]] = [
     ("ReelwayViewerRowBug", {
         'reelway_ingress_faults_total{release="aaaa", stage="viewer_row", kind="unexpected"}': grows(0, 1)
     }, 6),
+    ("ReelwayViewerKeysUnread", {"reelway_ingress_key_faults_total": grows(0, 1)}, 12),
     ("ReelwayExposuresLost", {'reelway_ingress_exposures_lost_total{arm="stable", release="aaaa"}': grows(0, 1)}, 6),
     ("ReelwayParitySamplesLost", {"reelway_ingress_parity_samples_lost_total": grows(0, 1)}, 6),
     ("ReelwayOutcomeSumsBehind", {'reelway_outcomes_log_age_seconds{source="exposures"}': level(2, 200)}, 6),
     ("ReelwayEventLogUnreadable", {
         'reelway_outcomes_unreadable_records_total{source="exposures"}': grows(0, 1)
     }, 6),
+    ("ReelwayArmsNotCounted", {"reelway_outcomes_dropped_arms_total": grows(0, 1)}, 6),
     ("ReelwayTakedownsNotEverywhere", {'reelway_takedowns_age_seconds{pod="worker"}': level(2, 30)}, 6),
     ("ReelwayTakedownsUnreadable", {"reelway_takedowns_unreadable_total": grows(0, 1)}, 6),
     ("ReelwayUploadsBehind", {"reelway_uploads_age_seconds": level(2, 90)}, 6),

@@ -186,7 +186,7 @@ def test_no_route_publishes_the_catalogue_or_the_sums(component: str, kind: str)
     text = yaml.safe_dump(route)
     assert "catalogue" not in text
     paths = [value for value in walk(route) if isinstance(value, str) and value.startswith("/")]
-    assert sorted(paths) == ["/healthz", "/v1/outcomes", "/v1/recommend", "/v1/releases/current"]
+    assert sorted(paths) == ["/v1/outcomes", "/v1/recommend"]
     assert "Prefix" not in text
     assert named(objects, "Service", "-catalogue")["spec"].get("type", "ClusterIP") == "ClusterIP"
 

@@ -131,6 +131,7 @@ _seconds = st.floats(min_value=0, max_value=1e12, allow_nan=False)
 _states = st.builds(
     RolloutState,
     id=_text,
+    salt=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30),
     stable_release=st.just(STABLE),
     canary_release=st.just(GOOD),
     phase=st.sampled_from(Phase),

@@ -31,7 +31,7 @@ def test_file_sets_nested_values_over_the_defaults(tmp_path: Path) -> None:
     settings = load(tmp_path, document, identity="operator-0")
     assert (settings.prometheus.url, settings.prometheus.labels) == ("http://p:9090", {"cluster": "a"})
     assert (settings.lease.name, settings.lease.duration_s, settings.identity) == ("mine", 10.0, "operator-0")
-    assert (settings.webhook.host, settings.webhook.port) == ("0.0.0.0", 8080)
+    assert (settings.webhook.host, settings.webhook.port) == ("*", 8080)
 
 
 def test_empty_file_means_defaults(tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_environment_replaces_single_values_of_the_file(tmp_path: Path, monkeypa
         ({"prometheus": {"url": "prometheus:9090"}}, "prometheus.url: saw 'prometheus:9090', expected"),
         ({"prometheus": {"labels": {"a-b": "c"}}}, "prometheus.labels.a-b"),
         ({"ray": {"trusted_hosts": "10.0.0.9"}}, "ray.trusted_hosts: saw '10.0.0.9', expected a valid tuple"),
-        ({"ray": {"router_url": "http://{service}"}}, "no placeholders but {name} and {namespace}"),
+        ({"ray": {"internal_url": "http://{service}"}}, "no placeholders but {name} and {namespace}"),
         (["a"], "saw ['a'], expected a mapping of settings"),
         ("a: [", "not YAML"),
     ],

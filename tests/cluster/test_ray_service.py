@@ -34,7 +34,7 @@ def backend(api: KubeApi, kube: Kubectl, serve: FakeServe) -> Iterator[RayServic
 
 def state(canary_bp: int = 1000, phase: Phase = Phase.STEPPING) -> RolloutState:
     return RolloutState(
-        id="r-1", stable_release=STABLE, canary_release=GOOD, phase=phase, canary_bp=canary_bp, started_at=0,
+        id="r-1", salt="s", stable_release=STABLE, canary_release=GOOD, phase=phase, canary_bp=canary_bp, started_at=0,
         changed_at=0, tick_at=0,
     )  # fmt: skip
 

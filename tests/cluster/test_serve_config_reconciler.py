@@ -95,8 +95,8 @@ def resource_version(kubectl: Kubectl) -> str:
 
 def half(canary_bp: int = 5000) -> RolloutState:
     return RolloutState(
-        id="r-1", stable_release=STABLE, canary_release=GOOD, phase=Phase.STEPPING, canary_bp=canary_bp, started_at=0,
-        changed_at=0, tick_at=0,
+        id="r-1", salt="s", stable_release=STABLE, canary_release=GOOD, phase=Phase.STEPPING, canary_bp=canary_bp,
+        started_at=0, changed_at=0, tick_at=0,
     )  # fmt: skip
 
 
@@ -197,7 +197,7 @@ def test_operator_applies_options_in_mid_rollout_without_moving_viewers(
     api: KubeApi, chart: Chart, serve: FakeServe, tmp_path: Path
 ) -> None:
     chart.apply(options())
-    ray = {"service": "reelway", "trusted_hosts": ["127.0.0.1"], "dashboard_url": serve.url, "router_url": serve.url}
+    ray = {"service": "reelway", "trusted_hosts": ["127.0.0.1"], "dashboard_url": serve.url, "internal_url": serve.url}
     with operating(api, settings_of(serve, tmp_path, ray=ray)):
         until(lambda: release_names(_declared_or_empty(chart.kubectl)) == (STABLE,))
         chart.kubectl.apply(rollout("one", GOOD, policy=held(50)))

@@ -108,7 +108,7 @@ def running(api: KubeApi, serve: FakeServe) -> Iterator[RayServiceBackend]:
 def stepping(canary_bp: int = 5000) -> TrafficTarget:
     return traffic_target(
         RolloutState(
-            id="r-1", stable_release=STABLE, canary_release=GOOD, phase=Phase.STEPPING, canary_bp=canary_bp,
+            id="r-1", salt="s", stable_release=STABLE, canary_release=GOOD, phase=Phase.STEPPING, canary_bp=canary_bp,
             started_at=0, changed_at=0, tick_at=0,
         )
     )  # fmt: skip

@@ -209,7 +209,7 @@ def _creators(slates: list[dict[str, Any]]) -> list[int]:
 
 
 def _collector(live: LiveInstallation) -> str:
-    return f"{live.installation.url}/v1/outcomes/metrics"
+    return f"{live.installation.internal_url}/v1/outcomes/metrics"
 
 
 def _counted(live: LiveInstallation, arm: str = "") -> tuple[int, int]:
@@ -218,10 +218,7 @@ def _counted(live: LiveInstallation, arm: str = "") -> tuple[int, int]:
     for name, labels, value in _samples(live.metrics(_collector(live))):
         if arm and labels.get("arm") != arm:
             continue
-        if name == "reelway_outcomes_exposure_total" and (labels["statistic"], labels["slice"]) == (
-            "impressions",
-            "overall",
-        ):
+        if name == "reelway_outcomes_audience_total" and labels["statistic"] == "impressions":
             impressions += value
         if name == "reelway_outcomes_received_total" and labels["outcome"] == "counted":
             outcomes += value

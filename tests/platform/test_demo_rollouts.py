@@ -116,7 +116,8 @@ def test_rollouts_of_an_earlier_demo_are_archived(tmp_path: Path) -> None:
     archive_previous_rollouts(run)
     (tmp_path / "rollout").mkdir()
     (tmp_path / "rollout" / "state.db").write_text("history")
-    (tmp_path / "serving.json").write_text(json.dumps({"url": "http://x", "pid": os.getpid(), "release": STABLE}))
+    record = {"url": "http://x", "internal_url": "http://x", "pid": os.getpid(), "release": STABLE}
+    (tmp_path / "serving.json").write_text(json.dumps(record))
     with pytest.raises(ConfigError, match=f"served by process {os.getpid()}"):
         archive_previous_rollouts(run)
     (tmp_path / "serving.json").unlink()

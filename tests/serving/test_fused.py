@@ -11,6 +11,7 @@ import pytest
 from fastapi.testclient import TestClient
 from prometheus_client import CollectorRegistry, generate_latest
 from tests.support.release_files import NOW_S, make_release_folder
+from tests.support.serving.caller_access import INTERNAL, open_access
 
 from reelway.platform.contracts.api import RecommendRequest
 from reelway.platform.errors import OverloadedError
@@ -192,7 +193,7 @@ def test_standing_queue_has_a_lower_limit_than_a_burst(loader: ReleaseLoader) ->
 def test_rejected_request_gets_429_with_retry_after(loader: ReleaseLoader) -> None:
     router, release = router_of(loader, max_ongoing_requests=1)
     asyncio.run(router.reconfigure(Routing.single_release(release.release_id).model_dump(mode="json")))
-    client = TestClient(build_http_api(router))
+    client = TestClient(build_http_api(router, open_access()))
     with release.track_request():
         response = client.post("/v1/recommend", json={"viewer_id": 1, "count": 5})
         assert response.status_code == 429
@@ -201,7 +202,7 @@ def test_rejected_request_gets_429_with_retry_after(loader: ReleaseLoader) -> No
         # The request is rejected before it is read, so an invalid body makes no difference.
         assert client.post("/v1/recommend", content=b"{").status_code == 429
         assert client.get("/healthz").status_code == 200
-    assert "429" in client.get("/openapi.json").json()["paths"]["/v1/recommend"]["post"]["responses"]
+    assert "429" in client.get("/openapi.json", headers=INTERNAL).json()["paths"]["/v1/recommend"]["post"]["responses"]
     assert client.post("/v1/recommend", json={"viewer_id": 1, "count": 5}).status_code == 200
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
@@ -17,80 +16,23 @@ from tests.support.hostile_requests import (
     HostileRequest,
     assert_no_failure,
     check_hostile,
-    too_long,
 )
 from tests.support.release_files import make_release_folder
+from tests.support.serving.caller_access import open_access
+from tests.support.serving.hostile_serving_requests import LIKE, OUTCOME, RECOMMEND, VIEWER, check_error
 
-from reelway.platform.contracts.api import MAX_OUTCOMES, ErrorResponse
 from reelway.platform.eventlog.topics import Topic, open_topic
 from reelway.platform.rollout.control.webhook import serve_in_thread
 from reelway.platform.rollout.traffic.routing import Routing
 from reelway.platform.tokens import TokenSigner
 from reelway.serving.fused import open_fused
-from reelway.serving.http_api import MAX_OUTCOMES_BYTES, MAX_RECOMMEND_BYTES, MAX_REPORTED, OUTCOMES, build_http_api
+from reelway.serving.http_api import OUTCOMES, build_http_api
 from reelway.serving.http_api import RECOMMEND as RECOMMEND_PATH
 from reelway.serving.metrics import IntakeMetrics
 from reelway.serving.outcomes import EventLogWriter, OutcomeIntake
 from reelway.serving.release_loader import ReleaseLoader
 from reelway.serving.release_pool import OpenRelease
 from reelway.serving.router import Router, RouterDependencies
-
-VIEWER = b'{"viewer_id": 1}'
-
-
-def unknown_keys(count: int) -> bytes:
-    return json.dumps({f"k{i}": 1 for i in range(count)}).encode()
-
-
-def outcomes_with(member: str) -> bytes:
-    return f'{{"outcomes": [{{"token": "t", "type": "watch", {member}}}]}}'.encode()
-
-
-RECOMMEND = [
-    *too_long(MAX_RECOMMEND_BYTES),
-    *(
-        HostileRequest(f"viewer_id {value[:20]}", body=f'{{"viewer_id": {value}}}'.encode())
-        for value in ("-1", "1e3", "1e999", "-1e999", "1.5", "true", "null", '"1"', "[1]", "{}", "9" * 4_300,
-                      str(2**53), str(2**64), "1" + "0" * 400 + ".5", '"' + "9" * 10_000 + '"')
-    ),
-    *(
-        HostileRequest(f"count {value}", body=f'{{"viewer_id": 1, "count": {value}}}'.encode())
-        for value in ("0", "101", "-1", "1e999", "2.5", '"5"', "[]")
-    ),
-    *(
-        HostileRequest(f"context {value[:40]}", body=f'{{"viewer_id": 1, "context": {value}}}'.encode())
-        for value in ('"phone"', "[]", '{"device": 1}', '{"device": {"a": 1}}', '{"region": "%s"}' % ("x" * 65),
-                      '{"time": "2024-06-10T06:00:00"}', '{"time": 1e999}', '{"time": "99999-01-01T00:00:00Z"}',
-                      '{"time": [[[[[[]]]]]]}', '{"a\\u0000b": 1}')
-    ),
-    HostileRequest("150 nested lists", body=b'{"viewer_id": %b1%b}' % (b"[" * 150, b"]" * 150)),
-    HostileRequest("16 unknown keys", body=unknown_keys(16)),
-    HostileRequest("1,200 unknown keys", body=unknown_keys(1_200)),
-    HostileRequest("a key of 10,000 characters", body=json.dumps({"viewer_id": 1, "k" * 10_000: 1}).encode()),
-    HostileRequest("no content type", headers={"Content-Type": None}, body=VIEWER),
-    HostileRequest("text", headers={"Content-Type": "text/plain"}, body=VIEWER),
-    HostileRequest("a form", headers={"Content-Type": "application/x-www-form-urlencoded"}, body=b"viewer_id=1"),
-    HostileRequest("parts", headers={"Content-Type": "multipart/form-data; boundary=a"}, body=b"--a\r\n\r\n1\r\n--a--"),
-]  # fmt: skip
-OUTCOME = [
-    *too_long(MAX_OUTCOMES_BYTES),
-    HostileRequest("no outcome", body=b'{"outcomes": []}'),
-    HostileRequest("too many outcomes", body=b'{"outcomes": [%b{}]}' % (b"{}," * MAX_OUTCOMES)),
-    HostileRequest("340,000 empty outcomes", body=b'{"outcomes": [%b{}]}' % (b"{}," * 340_000)),
-    HostileRequest("500,000 numbers", body=b'{"outcomes": [%b1]}' % (b"1," * 500_000)),
-    HostileRequest("outcomes in an object", body=b'{"outcomes": {"a": 1}}'),
-    HostileRequest("70,000 keys in the request", body=unknown_keys(70_000)),
-    HostileRequest("70,000 keys in an outcome", body=b'{"outcomes": [%b]}' % unknown_keys(70_000)),
-    HostileRequest("16 keys in 1,000 outcomes", body=b'{"outcomes": [%b{}]}' % ((unknown_keys(16) + b", ") * 999)),
-    HostileRequest("an unknown type", body=b'{"outcomes": [{"token": "t", "type": "love"}]}'),
-    HostileRequest("a token that is a list", body=b'{"outcomes": [{"token": ["t"], "type": "like"}]}'),
-    *(
-        HostileRequest(f"{member[:40]}", body=outcomes_with(member))
-        for member in ('"value": -1', '"value": 1e999', '"value": -1e999', '"value": "five"', '"value": [1]',
-                       '"value": 1e300', f'"value": {"9" * 4_300}', '"event_time": "2024-06-10T06:00:00"',
-                       '"event_time": 1e999', '"event_time": "yesterday"', '"vpn": true')
-    ),
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +49,7 @@ def router_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int,
     intake = OutcomeIntake(signer, EventLogWriter(partial(open_topic, events, Topic.OUTCOMES)), IntakeMetrics(registry))
     router = Router(open_release, RouterDependencies(signer=signer, registry=registry, outcomes=intake))
     asyncio.run(router.reconfigure(Routing.single_release("a" * 64).model_dump(mode="json")))
-    with closing(router), serve_in_thread(build_http_api(router), "127.0.0.1", 0) as url:
+    with closing(router), serve_in_thread(build_http_api(router, open_access()), "127.0.0.1", 0) as url:
         yield int(url.rsplit(":", 1)[1]), registry
 
 
@@ -121,13 +63,6 @@ def rejected(registry: CollectorRegistry) -> float:
     return sum(sample.value for sample in family.samples if sample.name.endswith("_total"))
 
 
-def check_error(body: bytes) -> None:
-    response = ErrorResponse.model_validate_json(body)
-    assert set(json.loads(body)) == {"error", "fields"}
-    assert response.error
-    assert len(response.fields) <= MAX_REPORTED
-
-
 @pytest.mark.parametrize("request_", [*REQUESTS, *RECOMMEND], ids=lambda one: one.name)
 def test_hostile_recommend_request_gets_a_documented_4xx(
     router_port: tuple[int, CollectorRegistry], caplog: pytest.LogCaptureFixture, request_: HostileRequest
@@ -139,8 +74,7 @@ def test_hostile_recommend_request_gets_a_documented_4xx(
 def test_hostile_outcomes_request_gets_a_documented_4xx(
     router_port: tuple[int, CollectorRegistry], caplog: pytest.LogCaptureFixture, request_: HostileRequest
 ) -> None:
-    valid = b'{"outcomes": [{"token": "t", "type": "like"}]}'
-    check_hostile(endpoint(router_port, OUTCOMES, valid), request_, caplog)
+    check_hostile(endpoint(router_port, OUTCOMES, LIKE), request_, caplog)
 
 
 @pytest.mark.parametrize(

@@ -8,67 +8,12 @@ from typing import Any
 import jsonschema
 import pytest
 from fastapi.testclient import TestClient
+from tests.support.serving.caller_access import INTERNAL, open_access
+from tests.support.serving.one_video_service import OneVideoService
 
-from reelway.platform.contracts.api import OutcomesRequest, OutcomesResponse, RecommendRequest, RecommendResponse
-from reelway.platform.contracts.events import Arm
+from reelway.platform.contracts.api import RecommendResponse
 from reelway.platform.rollout.traffic.routing import Routing
-from reelway.serving.http_api import CurrentReleases, PendingResponse, ServedRelease, build_http_api
-
-
-class OneVideoService:
-    """Returns one video for every viewer, or raises."""
-
-    def __init__(self) -> None:
-        self.breaks = False
-        self.refused = 0
-        self.requests: list[RecommendRequest] = []
-        self.done_after: list[int] = []
-
-    async def recommend(self, request: RecommendRequest) -> PendingResponse:
-        self.requests.append(request)
-        if self.breaks:
-            raise ValueError("a bug")
-        video = {
-            "video_id": 1,
-            "creator_id": 2,
-            "position": 0,
-            "score": 0.5,
-            "source": "ann",
-            "reason": "x",
-            "token": "t",
-        }
-        response = RecommendResponse.model_validate(
-            {"request_id": 3, "viewer_id": request.viewer_id, "release": "r", "arm": "stable", "videos": [video]}
-        )
-        return PendingResponse(response, self.afterwards)
-
-    async def afterwards(self) -> None:
-        self.done_after.append(len(self.requests))
-
-    def current_releases(self) -> CurrentReleases:
-        return CurrentReleases(
-            rollout="",
-            salt="reelway",
-            routing=Routing.single_release("r"),
-            releases=[ServedRelease(release="r", arm=Arm.STABLE, weight_basis_points=10_000)],
-            open=["r"],
-        )
-
-    async def metrics_text(self) -> bytes:
-        return b"reelway_ingress_requests_total 1\n"
-
-    def record_rejected(self, kind: str) -> None:
-        assert kind == "invalid"
-        self.refused += 1
-
-    def shed_before_read(self) -> None:
-        """Never rejects a request."""
-
-    async def report_outcomes(self, request: OutcomesRequest) -> OutcomesResponse:
-        return OutcomesResponse(accepted=len(request.outcomes))
-
-    def close(self) -> None:
-        """Has nothing to write."""
+from reelway.serving.http_api import build_http_api
 
 
 @pytest.fixture
@@ -78,7 +23,7 @@ def service() -> OneVideoService:
 
 @pytest.fixture
 def client(service: OneVideoService) -> TestClient:
-    return TestClient(build_http_api(service), raise_server_exceptions=False)
+    return TestClient(build_http_api(service, open_access()), raise_server_exceptions=False)
 
 
 VALID: dict[str, Any] = {"viewer_id": 1}
@@ -154,7 +99,7 @@ def test_unexpected_error_is_503_without_internals(client: TestClient, service: 
 
 
 def test_openapi_schema_describes_requests_and_responses(client: TestClient) -> None:
-    schema = client.get("/openapi.json").json()
+    schema = client.get("/openapi.json", headers=INTERNAL).json()
     operation = schema["paths"]["/v1/recommend"]["post"]
     parts = schema["components"]["schemas"]
     assert "HTTPValidationError" not in json.dumps(operation)
@@ -173,8 +118,8 @@ def test_openapi_schema_describes_requests_and_responses(client: TestClient) -> 
 
 
 def test_other_routes_answer(client: TestClient) -> None:
-    assert client.get("/healthz").json() == {"status": "ok"}
-    assert client.get("/v1/releases/current").json() == {
+    assert client.get("/healthz").json() == {"status": "ok", "authentication": "off"}
+    assert client.get("/v1/releases/current", headers=INTERNAL).json() == {
         "rollout": "",
         "salt": "reelway",
         "routing": Routing.single_release("r").model_dump(mode="json"),
@@ -182,4 +127,4 @@ def test_other_routes_answer(client: TestClient) -> None:
         "open": ["r"],
         "faults": {},
     }
-    assert client.get("/metrics").headers["content-type"].startswith("text/plain")
+    assert client.get("/metrics", headers=INTERNAL).headers["content-type"].startswith("text/plain")

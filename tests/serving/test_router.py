@@ -22,6 +22,7 @@ from reelway.platform.features.viewer_rows import StoredViewer
 from reelway.platform.rollout.traffic.bucketing import BUCKETS
 from reelway.platform.rollout.traffic.routing import ArmRoute, Routing, ShadowRoute
 from reelway.platform.tokens import TokenSigner
+from reelway.serving.outcomes import SlateExposure
 from reelway.serving.release_loader import ReleaseLoader
 from reelway.serving.release_pool import OpenRelease
 from reelway.serving.router import Router, RouterDependencies, reassign_missing
@@ -372,3 +373,22 @@ def test_known_viewer_gets_a_slate_that_is_not_degraded(router: Router, ids: lis
         return await recommend(router)
 
     assert run(check()).degraded == []
+
+
+@pytest.mark.parametrize("authenticated", [True, False])
+def test_exposure_records_whether_the_viewer_is_proven(router: Router, ids: list[str], authenticated: bool) -> None:
+    exposures: list[SlateExposure] = []
+
+    class Recorder:
+        def record(self, exposure: SlateExposure) -> None:
+            exposures.append(exposure)
+
+    async def ask() -> None:
+        await router.reconfigure(routing(stable=ids[0]))
+        router._dependencies.exposures = Recorder()  # type: ignore[assignment]
+        answer = await router.recommend(RecommendRequest(viewer_id=1, count=5), authenticated=authenticated)
+        assert answer.background is not None
+        await answer.background()
+
+    run(ask())
+    assert [exposure.authenticated for exposure in exposures] == [authenticated]

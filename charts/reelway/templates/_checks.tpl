@@ -14,6 +14,7 @@
 {{- include "reelway.checkStore" . }}
 {{- include "reelway.checkRay" . }}
 {{- include "reelway.checkServing" . }}
+{{- include "reelway.checkAuth" . }}
 {{- include "reelway.checkFeatures" . }}
 {{- include "reelway.checkJobs" . }}
 {{- include "reelway.checkLive" . }}
@@ -67,7 +68,7 @@
 {{- range $name := list "gcs" "dashboard" "client" "nodeManager" "objectManager" "runtimeEnvAgent" "agentGrpc" "agentHttp" "metrics" }}
 {{- $_ := set $single (get $p $name | toString) (printf "Ray's %s port" $name) }}
 {{- end }}
-{{- $named := dict "serving.port" $v.serving.port "serving.metrics.port" $v.serving.metrics.port }}
+{{- $named := dict "serving.port" $v.serving.port "serving.internalPort" $v.serving.internalPort "serving.metrics.port" $v.serving.metrics.port }}
 {{- range $path := keys $named | sortAlpha }}
 {{- $port := get $named $path | int }}
 {{- with get $single (toString $port) }}
@@ -130,12 +131,37 @@
 {{- include "reelway.fail" (dict "path" (printf "operator.%sUrl" $name) "saw" $url "expected" "https://, because the bearer token of its tokenSecret would leave the cluster in clear text; a service of the cluster is NAME.NAMESPACE.svc") }}
 {{- end }}
 {{- end }}
-{{- range $path, $env := dict "serving.env" $v.serving.env "operator.env" $v.operator.env }}
+{{- range $path, $env := dict "serving.env" ($v.serving.env | default dict) "operator.env" ($v.operator.env | default dict) }}
 {{- range $name := list "RAY_AUTH_TOKEN" "REELWAY_TOKEN_SECRET" "REELWAY_WEBHOOK_TOKEN" "REDIS_PASSWORD" "AWS_SECRET_ACCESS_KEY" }}
 {{- if hasKey $env $name }}
 {{- include "reelway.fail" (dict "path" (printf "%s.%s" $path $name) "saw" "(hidden)" "expected" "no value: secrets are read from a Secret (secrets.name, releases.store.s3.credentialsSecret)") }}
 {{- end }}
 {{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* The keys of auth.mode, and no route to a service that anyone may ask for any viewer. */}}
+{{- define "reelway.checkAuth" -}}
+{{- $a := .Values.auth -}}
+{{- $mode := include "reelway.authMode" . -}}
+{{- range $route := list "ingress" "httpRoute" }}
+{{- if and (get $.Values.serving $route).enabled (eq $mode "off") (not $a.allowUnauthenticated) }}
+{{- include "reelway.fail" (dict "path" "auth.mode" "saw" "off" "expected" (printf "jwt or gateway, because serving.%s.enabled is true and anyone could ask for any viewer; or auth.allowUnauthenticated: true" $route)) }}
+{{- end }}
+{{- end }}
+{{- if eq $mode "jwt" }}
+{{- if not $a.jwt.audience }}
+{{- include "reelway.fail" (dict "path" "auth.jwt.audience" "saw" "" "expected" "the audience of the viewers' tokens, because auth.mode is jwt") }}
+{{- end }}
+{{- if not (or $a.jwt.jwksUrl $a.jwt.keysConfigMap) }}
+{{- include "reelway.fail" (dict "path" "auth.jwt.jwksUrl" "saw" "" "expected" "the URL of a key set, or a ConfigMap in auth.jwt.keysConfigMap, because auth.mode is jwt") }}
+{{- end }}
+{{- if and $a.jwt.jwksUrl $a.jwt.keysConfigMap }}
+{{- include "reelway.fail" (dict "path" "auth.jwt.keysConfigMap" "saw" $a.jwt.keysConfigMap "expected" (printf "no value, because auth.jwt.jwksUrl is %s" $a.jwt.jwksUrl)) }}
+{{- end }}
+{{- end }}
+{{- if and (eq $mode "gateway") (not $a.gateway.keysSecret) }}
+{{- include "reelway.fail" (dict "path" "auth.gateway.keysSecret" "saw" "" "expected" "a Secret with the key `keys`, because auth.mode is gateway") }}
 {{- end }}
 {{- end -}}
 
@@ -213,9 +239,12 @@
 {{- end }}
 {{- include "reelway.checkResources" (dict "of" $job.resources "path" (printf "jobs.%s.resources" $kind)) }}
 {{- end }}
+{{- if ne (first $job.command) "reelway" }}
+{{- include "reelway.fail" (dict "path" (printf "jobs.%s.command" $kind) "saw" $job.command "expected" "a command that begins with reelway") }}
+{{- end }}
 {{- end }}
 {{- with $v.jobs.parity }}
-{{- if and $v.serving.parity.log (not (contains "://" $v.serving.parity.log)) (ne (include "reelway.storeOnVolume" $) "true") }}
+{{- if and $v.serving.parity.log (not (contains "://" ($v.serving.parity.log | default ""))) (ne (include "reelway.storeOnVolume" $) "true") }}
 {{- include "reelway.fail" (dict "path" "serving.parity.log" "saw" $v.serving.parity.log "expected" "a URL that serving pods and the parity job reach, because releases.store.type is no volume") }}
 {{- end }}
 {{- include "reelway.checkResources" (dict "of" .resources "path" "jobs.parity.resources") }}
@@ -246,17 +275,17 @@
 {{- if ne (include "reelway.jobsEnabled" .) "true" }}
 {{- include "reelway.fail" (dict "path" "jobs.runsClaim" "saw" "" "expected" "a claim for the files of a run, because eventLog.address is set, stream.enabled is true and releases.store.type is no volume") }}
 {{- end }}
-{{- if and (eq (include "reelway.parityEnabled" .) "true") (contains "://" $v.jobs.parity.run) }}
+{{- if and (eq (include "reelway.parityEnabled" .) "true") (contains "://" ($v.jobs.parity.run | default "")) }}
 {{- include "reelway.fail" (dict "path" "jobs.parity.run" "saw" $v.jobs.parity.run "expected" "no URL, because stream.enabled is true: the replay needs the clock that the stream writes into the run of jobs.runsClaim") }}
 {{- end }}
 {{- if gt (int $v.stream.replicas) (int $v.eventLog.partitions.viewers) }}
 {{- include "reelway.fail" (dict "path" "stream.replicas" "saw" $v.stream.replicas "expected" (printf "at most eventLog.partitions.viewers, which is %v: further pods would have no partition" $v.eventLog.partitions.viewers)) }}
 {{- end }}
 {{- end }}
-{{- if and (hasPrefix "/" $v.overlay.url) (ne (include "reelway.storeOnVolume" .) "true") }}
+{{- if and (hasPrefix "/" ($v.overlay.url | default "")) (ne (include "reelway.storeOnVolume" .) "true") }}
 {{- include "reelway.fail" (dict "path" "overlay.url" "saw" $v.overlay.url "expected" "a URL that serving pods reach, because releases.store.type is no volume") }}
 {{- end }}
-{{- if and (hasPrefix "/" $v.overlay.url) (not (hasPrefix "/var/lib/reelway/volume/" $v.overlay.url)) }}
+{{- if and (hasPrefix "/" ($v.overlay.url | default "")) (not (hasPrefix "/var/lib/reelway/volume/" ($v.overlay.url | default ""))) }}
 {{- include "reelway.fail" (dict "path" "overlay.url" "saw" $v.overlay.url "expected" "a URL, or a folder below /var/lib/reelway/volume, where the release store's volume is mounted") }}
 {{- end }}
 {{- range $name := list "stream" "overlay" "catalogue" }}

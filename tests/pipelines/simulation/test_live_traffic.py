@@ -18,13 +18,17 @@ from tests.support.pipelines.fake_service import FakeService, liked_slates, runn
 from reelway.pipelines.datasets.store import write_dataset
 from reelway.pipelines.simulation.arm_stickiness import GRACE_S, ArmStickinessCheck
 from reelway.pipelines.simulation.config import DAY_S, SimulationConfig
-from reelway.pipelines.simulation.live_traffic import LiveTraffic, TrafficOptions
+from reelway.pipelines.simulation.live_traffic import LiveTraffic, TrafficOptions, ViewerTokens
 from reelway.pipelines.simulation.live_viewers import LiveViewers, ShownSlate, load_world
 from reelway.pipelines.simulation.simulate_log import simulate
 from reelway.pipelines.simulation.world import World
 from reelway.platform.cli.processes import reelway_command
 from reelway.platform.errors import ConfigError, DataError
+from reelway.platform.rollout.traffic.access_options import JwtOptions
 from reelway.platform.rollout.traffic.routing import Routing
+from reelway.platform.viewer_assertions import ViewerTokenSigner, create_viewer_key, read_viewer_key
+from reelway.platform.viewer_pseudonyms import viewer_pseudonym
+from reelway.serving.access.assertions import JwtVerifier
 
 OLD, NEW = "a" * 64, "b" * 64
 CONFIG = SimulationConfig(viewers=400, videos=300, creators=30, days=4, impressions=4_000)
@@ -37,7 +41,7 @@ def world() -> World:
 
 def sent(service: FakeService, world: World, *, viewers: int | None = None, **options: Any) -> dict[str, Any]:
     crowd = LiveViewers(world, seed=1, now_s=time.time(), count=viewers)
-    return asyncio.run(LiveTraffic(TrafficOptions(service.url, **options), crowd).run())
+    return asyncio.run(LiveTraffic(TrafficOptions(service.url, service.url, **options), crowd).run())
 
 
 def test_traffic_report_matches_the_service(world: World, tmp_path: Path) -> None:
@@ -183,13 +187,13 @@ def test_viewer_who_leaves_a_running_canary_is_counted() -> None:
     assert ledger.changes == 0  # the routing may have been read before the response
     ledger.record_routing(frozenset({NEW}), 10.5 + GRACE_S + 0.1)
     assert ledger.changes == 1
-    assert "viewer 2" in ledger.examples[0]
+    assert viewer_pseudonym(2) in ledger.examples[0]
 
 
 def test_reshuffled_viewers_are_counted_over_http(world: World) -> None:
     async def reshuffled(service: FakeService) -> dict[str, Any]:
         crowd = LiveViewers(world, seed=1, now_s=time.time(), count=40)
-        options = TrafficOptions(service.url, rate=100, seconds=GRACE_S + 1.5)
+        options = TrafficOptions(service.url, service.url, rate=100, seconds=GRACE_S + 1.5)
         traffic = asyncio.create_task(LiveTraffic(options, crowd).run())
         await asyncio.sleep(0.7)
         service.routing = service.routing.model_copy(update={"salt": "two"})
@@ -201,12 +205,37 @@ def test_reshuffled_viewers_are_counted_over_http(world: World) -> None:
     assert "still running" in report["arm_change_examples"][0]
 
 
+def test_traffic_proves_each_viewers_identity(world: World, tmp_path: Path) -> None:
+    public = create_viewer_key(tmp_path / "viewers.pem")
+    signer = ViewerTokenSigner(read_viewer_key(tmp_path / "viewers.pem"), audience="reelway")
+    verifier = JwtVerifier(JwtOptions(keys_file=public, audience="reelway"), lambda: None)
+    crowd = LiveViewers(world, seed=1, now_s=time.time(), count=20)
+    with running(FakeService(Routing.single_release(OLD), CONFIG.videos, verifier=verifier)) as service:
+        options = TrafficOptions(service.url, None, rate=100, seconds=1)
+        report = asyncio.run(LiveTraffic(options, crowd, signer=signer).run())
+    assert report["failed"] == report["outcomes"]["posts_failed"] == 0
+    assert report["outcomes"]["sent"] == len(service.outcomes) > 0
+    assert len(service.tokens) == report["viewers"]  # one token per viewer, as long as it is valid
+
+
+def test_viewers_token_is_renewed_before_it_expires(tmp_path: Path) -> None:
+    create_viewer_key(tmp_path / "viewers.pem")
+    signer = ViewerTokenSigner(read_viewer_key(tmp_path / "viewers.pem"), audience="reelway", lifetime_s=100)
+    now = [1000.0]
+    tokens = ViewerTokens(signer, clock=lambda: now[0])
+    first = tokens.headers(7)
+    now[0] += 79
+    assert tokens.headers(7) == first != tokens.headers(8)
+    now[0] += 2
+    assert tokens.headers(7) != first
+
+
 def test_ctrl_c_ends_traffic_with_a_complete_report(tmp_path: Path) -> None:
     log = simulate(CONFIG, 3)
     write_dataset(tmp_path / "run" / "dataset", log.tables, log.info, log.dimensions)
     report = tmp_path / "report.json"
     with running(FakeService(Routing.single_release(OLD), CONFIG.videos, delay_s=0.2)) as service:
-        (tmp_path / "run" / "serving.json").write_text(json.dumps({"url": service.url}))
+        (tmp_path / "run" / "serving.json").write_text(json.dumps({"url": service.url, "internal_url": service.url}))
         command = reelway_command("traffic", "--run", str(tmp_path / "run"), "--report", str(report))
         process = subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
         while not report.exists() and process.poll() is None:

@@ -15,19 +15,24 @@ import pytest
 from fastapi.testclient import TestClient
 from prometheus_client import CollectorRegistry
 from tests.support.eventlog.kafka_broker import Broker
+from tests.support.serving.caller_access import CREDENTIAL, INTERNAL, open_access
 from tests.support.serving.raw_events import NOW, SIGNER, RawOutcome, ShownImpression, reported_columns
 
 from reelway.platform.contracts.api import ErrorResponse, OutcomesResponse
-from reelway.platform.contracts.events import Arm, OutcomeType
+from reelway.platform.contracts.events import OUTCOME_HORIZON_S, Arm, OutcomeType
 from reelway.platform.errors import ServingError, StorageError
 from reelway.platform.eventlog import LogRecord, open_event_log
 from reelway.platform.eventlog.outcome_events import decode_outcomes
 from reelway.platform.eventlog.sqlite_log import SqliteLog
+from reelway.platform.rollout.traffic.access_options import AccessOptions, GatewayOptions
 from reelway.platform.tokens import TokenSigner
+from reelway.platform.viewer_assertions import GATEWAY_HEADER, gateway_header
+from reelway.serving.access import build_viewer_access
 from reelway.serving.http_api import MAX_OUTCOMES_BYTES, build_http_api
 from reelway.serving.metrics import IntakeMetrics
 from reelway.serving.outcomes import EventLogWriter, OutcomeIntake
 from reelway.serving.outcomes.memory_writer import OutcomeMemoryWriter, memory_update
+from reelway.serving.outcomes.outcome_intake import READ_INLINE
 from reelway.serving.outcomes.reported import OutcomeColumns
 from reelway.serving.release_pool import OpenRelease
 from reelway.serving.router import Router, RouterDependencies
@@ -35,6 +40,7 @@ from reelway.serving.router import Router, RouterDependencies
 RECEIVED_S = NOW + 7.25
 SHOWN = [ShownImpression(i, i % 5, Arm.CANARY if i % 2 else Arm.STABLE, 0.5, i % 8) for i in range(200)]
 URL = "/v1/outcomes"
+SIGNED_BY_THE_GATEWAY = b"a secret of the gateway"
 
 
 class FailingLog(SqliteLog):
@@ -97,7 +103,7 @@ class Intake:
         writer = EventLogWriter(lambda: self.log, clock=lambda: RECEIVED_S)
         intake = OutcomeIntake(SIGNER, writer, IntakeMetrics(registry), self.memory, clock=lambda: RECEIVED_S)
         self.registry = registry
-        self.client = TestClient(build_http_api(router(registry, intake)))
+        self.client = TestClient(build_http_api(router(registry, intake), open_access()))
 
     def post(self, *outcomes: dict[str, Any]) -> Any:
         return self.client.post(URL, json={"outcomes": list(outcomes)})
@@ -140,6 +146,7 @@ def test_logged_outcomes_have_the_data_of_their_tokens(intake: Intake) -> None:
     assert watch["done_at"].isoformat() == "2027-01-15T08:00:00+00:00"
     assert (like["type"], like["arm"], like["done_at"], like["rollout"]) == ("like", "stable", None, "")
     assert like["duration_ms"] is None, "the token's code of an unknown duration"
+    assert (watch["authenticated"], like["authenticated"]) == (False, False)
 
 
 def test_answer_names_the_refused_outcomes(intake: Intake) -> None:
@@ -163,9 +170,37 @@ def test_answer_names_the_refused_outcomes(intake: Intake) -> None:
     assert intake.registry.get_sample_value("reelway_outcomes_refused_total") == 4
 
 
-def test_repeated_outcome_has_the_same_id(intake: Intake) -> None:
-    for _ in range(2):
-        intake.post(body_of(RawOutcome(SHOWN[1], OutcomeType.LIKE)))
+@pytest.mark.parametrize("count", [1, READ_INLINE + 1])
+def test_viewer_reports_its_own_outcomes_alone(tmp_path: Path, count: int) -> None:
+    """Few outcomes are read in the event loop, many on a thread."""
+    keys = tmp_path / "gateway.keys"
+    keys.write_bytes(SIGNED_BY_THE_GATEWAY)
+    options = AccessOptions(mode="gateway", gateway=GatewayOptions(keys_file=keys))
+    access = build_viewer_access(options, CREDENTIAL, lambda: None, behind_haproxy=False)
+    registry, log = CollectorRegistry(), FailingLog(tmp_path / "outcomes.db")
+    intake = OutcomeIntake(SIGNER, EventLogWriter(lambda: log), IntakeMetrics(registry))
+    own = replace(SHOWN[1], viewer=7)
+    body = {"outcomes": [body_of(RawOutcome(one, OutcomeType.LIKE)) for one in (own, SHOWN[2]) for _ in range(count)]}
+    with TestClient(build_http_api(router(registry, intake), access)) as client:
+        proof = {GATEWAY_HEADER: gateway_header(SIGNED_BY_THE_GATEWAY, 7, time.time())}
+        answer = client.post(URL, json=body, headers=proof)
+        assert client.post(URL, json=body).status_code == 401
+    response = OutcomesResponse.model_validate(answer.json())
+    assert response.accepted == count
+    assert [one.index for one in response.refused] == list(range(count, 2 * count))
+    assert {one.message.split(":")[1] for one in response.refused} == {
+        " issued to another viewer; report outcomes as the viewer that the slate was for"
+    }
+    assert {(row["viewer_id"], row["authenticated"]) for row in logged(tmp_path / "outcomes.db")} == {(7, True)}
+    assert registry.get_sample_value("reelway_outcomes_refused_total") == count
+    assert registry.get_sample_value("reelway_ingress_denied_total", {"kind": "missing"}) == 1
+
+
+def test_outcome_repeated_at_another_router_has_the_same_id(intake: Intake) -> None:
+    other = Intake(intake.path)
+    with other.client:
+        for router_of_the_service in (intake, other):
+            router_of_the_service.post(body_of(RawOutcome(SHOWN[1], OutcomeType.LIKE)))
     first, second = intake.logged()
     assert first["outcome_id"] == second["outcome_id"]
 
@@ -201,7 +236,7 @@ def test_answer_waits_for_the_log_alone(intake: Intake) -> None:
 
 
 def test_router_without_an_event_log_rejects_outcomes() -> None:
-    client = TestClient(build_http_api(router(CollectorRegistry(), None)))
+    client = TestClient(build_http_api(router(CollectorRegistry(), None), open_access()))
     answer = client.post(URL, json={"outcomes": [body_of(RawOutcome(SHOWN[1], OutcomeType.LIKE))]})
     assert answer.status_code == 503
 
@@ -301,11 +336,12 @@ def test_too_long_body_is_rejected(intake: Intake) -> None:
 
 
 def test_openapi_schema_describes_requests_and_answers(intake: Intake) -> None:
-    post = intake.client.get("/openapi.json").json()["paths"][URL]["post"]
+    post = intake.client.get("/openapi.json", headers=INTERNAL).json()["paths"][URL]["post"]
     assert post["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("OutcomesRequest")
     assert {status: body["content"]["application/json"]["schema"]["$ref"].split("/")[-1]
             for status, body in post["responses"].items()} == {
-        "200": "OutcomesResponse", "408": "ErrorResponse", "413": "ErrorResponse", "415": "ErrorResponse",
+        "200": "OutcomesResponse", "401": "ErrorResponse", "403": "ErrorResponse", "408": "ErrorResponse",
+            "413": "ErrorResponse", "415": "ErrorResponse", "429": "ErrorResponse",
             "422": "ErrorResponse", "503": "ErrorResponse",
     }  # fmt: skip
 
@@ -315,7 +351,7 @@ def test_shutdown_appends_accepted_outcomes(tmp_path: Path) -> None:
     writer = EventLogWriter(lambda: SqliteLog(path), append_every_s=0.5)
     futures = [writer.append(reported_columns([RawOutcome(shown, OutcomeType.LIKE)])) for shown in SHOWN]
     metrics = IntakeMetrics(CollectorRegistry())
-    with TestClient(build_http_api(router(CollectorRegistry(), OutcomeIntake(SIGNER, writer, metrics)))):
+    with TestClient(build_http_api(router(CollectorRegistry(), OutcomeIntake(SIGNER, writer, metrics)), open_access())):
         pass
     assert all(future.done() for future in futures)
     assert len(logged(path)) == len(SHOWN)
@@ -353,3 +389,29 @@ def test_twenty_full_requests_are_appended_to_kafka(broker: Broker) -> None:
     assert max(len(record.payload) for record in records) <= 1 << 20
     assert len(records) > 2
     assert sum(decode_outcomes(record.payload).num_rows for record in records) == 20_001
+
+
+def test_repeated_outcome_is_accepted_and_logged_once(intake: Intake) -> None:
+    one, other = body_of(RawOutcome(SHOWN[1], OutcomeType.LIKE)), body_of(RawOutcome(SHOWN[2], OutcomeType.LIKE))
+    assert [intake.post(*outcomes).json()["accepted"] for outcomes in ((one, one), (one, other), (other,))] == [2, 2, 1]
+    assert [row["impression_id"] for row in intake.logged()] == [1, 2]
+
+
+def test_outcome_whose_append_failed_is_logged_when_it_is_sent_again(intake: Intake) -> None:
+    one = body_of(RawOutcome(SHOWN[1], OutcomeType.LIKE))
+    intake.log.full = True
+    assert intake.post(one).status_code == 503
+    intake.log.full = False
+    assert intake.post(one).json()["accepted"] == 1
+    assert len(intake.logged()) == 1
+
+
+def test_late_outcome_is_refused_and_not_logged(intake: Intake) -> None:
+    late = replace(SHOWN[1], at=RECEIVED_S - OUTCOME_HORIZON_S - 1)
+    in_time = replace(SHOWN[2], at=RECEIVED_S - OUTCOME_HORIZON_S + 1)
+    answer = intake.post(*(body_of(RawOutcome(shown, OutcomeType.LIKE)) for shown in (late, in_time))).json()
+    assert answer["accepted"] == 1
+    assert answer["refused"] == [
+        {"index": 0, "message": "late: more than 24 hours after the impression; do not send it again"}
+    ]
+    assert [row["impression_id"] for row in intake.logged()] == [2]

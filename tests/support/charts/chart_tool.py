@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import shutil
 import subprocess
 import tempfile
@@ -35,6 +36,8 @@ _REDIS: Final = {"type": "redis", "registry": "s3://features/registry.db"}
 _S3: Final = {"bucket": "releases", "endpoint": "https://s3.test", "credentialsSecret": "c"}
 _ROUTE: Final = {"enabled": True, "parentRefs": [{"name": "gateway"}], "hostnames": ["a.test"]}
 _GIVEN_CLAIM: Final = {"pvc": {"existingClaim": ""}}
+_JWT: Final = {"mode": "jwt", "jwt": {"audience": "reelway", "jwksUrl": "https://id.test:8443/keys"}}
+_GATEWAY: Final = {"mode": "gateway", "gateway": {"keysSecret": "gateway-keys"}}
 COMPONENTS: Final[dict[str, Document]] = {
     "as-is": {},
     "gcs-store": {"ray": {"gcs": {"redisAddress": "redis.test:6379"}}},
@@ -84,8 +87,19 @@ COMPONENTS: Final[dict[str, Document]] = {
     "not-live": {"eventLog": {"address": ""}, "monitoring": _RULES},
     "slow-bound": {"monitoring": {**_MONITORS, "rules": {"enabled": True, "latencyThresholdMs": 1000}}},
     "monitoring": {"monitoring": {**_RULES, "alertmanagerConfig": {"enabled": True}, "dashboards": {"enabled": True}}},
-    "ingress": {"serving": {"ingress": {"enabled": True, "host": "a.test", "tlsSecret": "tls", "className": "nginx"}}},
-    "http-route": {"serving": {"httpRoute": _ROUTE}},
+    "ingress": {
+        "serving": {"ingress": {"enabled": True, "host": "a.test", "tlsSecret": "tls", "className": "nginx"}},
+        "auth": _JWT,
+    },
+    "http-route": {"serving": {"httpRoute": _ROUTE}, "auth": _GATEWAY},
+    "jwt-keys": {
+        "auth": {
+            "mode": "jwt",
+            "jwt": {"audience": "reelway", "issuer": "https://id.test", "jwksUrl": "", "keysConfigMap": "k"},
+            "trustedProxies": 2, "unlimitedCidrs": ["10.1.0.0/16"],
+        },
+        "networkPolicies": {"keySet": [{"ipBlock": {"cidr": "10.2.0.0/16"}}]},
+    },
     "no-outcomes": {"serving": {"outcomes": {"enabled": False}}},
     "outcomes-kept": {"serving": {"outcomes": {"enabled": True, "persistence": {"enabled": True}}}},
     "budgets": {
@@ -130,13 +144,15 @@ def program(name: str) -> str:
     return found
 
 
-def helm_template(values: Document, *files: Path, arguments: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+def helm_template(
+    values: Document, *files: Path, arguments: tuple[str, ...] = (), release: str = "rw", chart: Path = CHART
+) -> subprocess.CompletedProcess[str]:
     """Runs ``helm template`` with values files and these values over them."""
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as last:
-        yaml.safe_dump(values, last)
+        json.dump(values, last)  # JSON is YAML; PyYAML would not quote the text 1e3, which Helm reads as a number
         last.flush()
         named = [part for file in (*files, Path(last.name)) for part in ("--values", str(file))]
-        command = [program("helm"), "template", "rw", str(CHART), "--namespace", "reelway", *named, *arguments]
+        command = [program("helm"), "template", release, str(chart), "--namespace", "reelway", *named, *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
 

@@ -112,7 +112,10 @@ class RunDirectoryEnvironment(ControllerEnvironment):
 
     def served(self, release: str = STABLE, *, pid: int | None = None, url: str = "http://127.0.0.1:1") -> None:
         """Writes the record of a running ``reelway serve`` with this process's id."""
-        record = {"url": url, "pid": pid or os.getpid(), "release": release, "serve_api": "http://127.0.0.1:2"}
+        record = {
+            "url": url, "internal_url": url, "pid": pid or os.getpid(), "release": release,
+            "serve_api": "http://127.0.0.1:2",
+        }  # fmt: skip
         (self.run / "serving.json").write_text(json.dumps(record))
 
     def controlled(self, pid: int | None = None) -> None:

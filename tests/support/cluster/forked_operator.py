@@ -26,7 +26,7 @@ def main(namespace: str, token: Path, url: str) -> None:
                 "identity": "operator-0",
                 "interval_s": 0.1,
                 "webhook": {"host": "127.0.0.1", "port": 0, "token_file": token},
-                "ray": {"trusted_hosts": ["127.0.0.1"], "dashboard_url": url, "router_url": url},
+                "ray": {"trusted_hosts": ["127.0.0.1"], "dashboard_url": url, "internal_url": url},
             }
             settings = load_settings(OperatorSettings, None, document)
             try:

@@ -27,7 +27,7 @@ def settings_of(serve: FakeServe, tmp_path: Path, **more: Any) -> OperatorSettin
         "identity": "operator-0",
         "interval_s": 0.1,
         "webhook": {"token_file": token},
-        "ray": {"trusted_hosts": ["127.0.0.1"], "dashboard_url": serve.url, "router_url": serve.url},
+        "ray": {"trusted_hosts": ["127.0.0.1"], "dashboard_url": serve.url, "internal_url": serve.url},
     }
     return load_settings(OperatorSettings, None, {**document, **more})
 

@@ -60,6 +60,11 @@ class Installation:
         return f"http://{NAME}-router:8000"
 
     @property
+    def internal_url(self) -> str:
+        """Base URL of the internal API for pods of the namespace."""
+        return f"http://{NAME}-head-svc:9101"
+
+    @property
     def webhook(self) -> str:
         """URL that Alertmanager delivers alerts to."""
         return f"http://{NAME}-operator:9094/api/v1/alerts"
@@ -163,7 +168,7 @@ class Installation:
     def routing(self) -> dict[str, Any]:
         """The routing that the router uses."""
         program = "import urllib.request as r,sys; print(r.urlopen(sys.argv[1], timeout=20).read().decode())"
-        url = "http://127.0.0.1:8000/v1/releases/current"
+        url = "http://127.0.0.1:9101/v1/releases/current"
         answer = self.kubectl.run("exec", self.head(), "-c", "ray", "--", "python", "-c", program, url)
         routing: dict[str, Any] = json.loads(answer)["routing"]
         return routing

@@ -24,6 +24,7 @@ from reelway.pipelines.simulation.policies import OraclePolicy
 from reelway.pipelines.simulation.world import World
 from reelway.platform.contracts.events import Arm
 from reelway.platform.rollout.traffic.routing import Routing
+from reelway.serving.access.assertions import JwtVerifier
 
 
 @dataclass
@@ -41,11 +42,15 @@ class FakeService:
     asked: dict[int, set[str]] = field(default_factory=dict)
     outcomes: list[dict[str, Any]] = field(default_factory=list)
     posts: list[int] = field(default_factory=list)
+    verifier: JwtVerifier | None = None
+    tokens: set[str] = field(default_factory=set)
     _rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
     async def recommend(self, request: Request) -> JSONResponse:
         body = await request.json()
         viewer, count = body["viewer_id"], body["count"]
+        if self.verifier and await self._proven(request) != viewer:
+            return JSONResponse({"error": "another viewer"}, 403)
         if viewer in self.fail_viewers:
             return JSONResponse({"error": "injected failure"}, 503)
         if self.delay_s:
@@ -58,7 +63,7 @@ class FakeService:
         chosen = self.best.get(viewer) or (self._rng.choice(self.videos, count, replace=False) + 1).tolist()
         videos = [
             {"video_id": video, "creator_id": 1, "position": i, "score": 0.5, "source": "popular", "reason": "liked",
-             "title": None, "token": f"{route.release}-{sum(self.slates.values())}-{i}"}
+             "title": None, "token": f"{route.release}-{sum(self.slates.values())}-{viewer}-{i}"}
             for i, video in enumerate(chosen)
         ]  # fmt: skip
         answer = {"request_id": 1, "viewer_id": viewer, "release": route.release, "arm": route.arm.value,
@@ -70,9 +75,18 @@ class FakeService:
         if self.fail_next_outcomes:
             self.fail_next_outcomes -= 1
             return JSONResponse({"error": "retry later"}, 503)
+        if self.verifier:
+            viewer = await self._proven(request)
+            if {outcome["token"].split("-")[2] for outcome in body["outcomes"]} != {str(viewer)}:
+                return JSONResponse({"error": "another viewer"}, 403)
         self.posts.append(len(body["outcomes"]))
         self.outcomes += body["outcomes"]
         return JSONResponse({"accepted": len(body["outcomes"]), "refused": []})
+
+    async def _proven(self, request: Request) -> int:
+        assert self.verifier is not None
+        self.tokens.add(request.headers["authorization"])
+        return await self.verifier.verify(request.scope["headers"])
 
     async def current(self, _: Request) -> JSONResponse:
         arms = [

@@ -50,7 +50,8 @@ def main(run: Path) -> None:
                 ):
                     break
                 time.sleep(0.1)
-        record = {"url": f"http://127.0.0.1:{port}", "serve_api": api, "pid": os.getpid(), "release": "old"}
+        url = f"http://127.0.0.1:{port}"
+        record = {"url": url, "internal_url": url, "serve_api": api, "pid": os.getpid(), "release": "old"}
         (run / "serving.json").write_text(json.dumps(record))
         print("running", flush=True)
         sys.stdin.read()

@@ -48,7 +48,7 @@ class ObservedRollout:
         for exporter in self.monitoring.exporters:
             exporter.name(self.canary[:12], self.stable[:12])
             exporter.sums.values = {}
-        (self.run.path / "serving.json").write_text(json.dumps({"url": f"http://{self.exporter.address}"}))
+        (self.run.path / "serving.json").write_text(json.dumps({"internal_url": f"http://{self.exporter.address}"}))
         self.through = evidence_source(self.run, self.monitoring.prometheus.url)
 
     @property

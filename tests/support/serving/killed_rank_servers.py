@@ -103,7 +103,7 @@ def serving_scenario(run: Path, stable: str, canary: str, addresses: dict[str, s
             if application["name"] in addresses:
                 application["args"]["ranker_address"] = addresses[application["name"]]
         deploy(service, document)
-        address = ServeAddress(service.url, service.serve_api, service.token)
+        address = ServeAddress(service.internal_url, service.serve_api, service.token)
         backend = stack.enter_context(closing(ServeRestBackend(address)))
         client = stack.enter_context(httpx.Client(base_url=service.url, timeout=30))
         stack.enter_context(constant_load(service.url, run / "record", rate=RATE, viewers=VIEWERS))

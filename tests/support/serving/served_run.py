@@ -33,6 +33,7 @@ class Running:
     run: Path
     process: subprocess.Popen[bytes]
     url: str
+    internal_url: str
     release: str
     other: str
     watched: list[int]
@@ -55,7 +56,7 @@ class Running:
     def metric(self, name: str, path: str = "/metrics", **labels: str) -> float:
         """Returns the sum over all series of this name with these labels."""
         total = 0.0
-        for line in self.client.get(path).text.splitlines():
+        for line in self.client.get(self.internal_url + path).text.splitlines():
             sample = re.fullmatch(rf"{name}(?:{{(.*)}})? (\S+)", line)
             if sample and all(f'{key}="{value}"' in (sample[1] or "") for key, value in labels.items()):
                 total += float(sample[2])

@@ -14,16 +14,16 @@ spec:
     {{- include "reelway.tlsVolumes" (dict "context" . "hops" (list "kafka")) | nindent 4 }}
   containers:
     - name: create
-      image: {{ include "reelway.image" (dict "context" . "of" .Values.image.operator) }}
-      imagePullPolicy: {{ .Values.image.pullPolicy }}
+      image: {{ include "reelway.image" (dict "context" . "of" .Values.image.operator) | quote }}
+      imagePullPolicy: {{ .Values.image.pullPolicy | toJson }}
       command: [reelway, topics, create]
       args:
         - --events={{ $e.address }}
-        - --viewer-partitions={{ $e.partitions.viewers }}
-        - --video-partitions={{ $e.partitions.videos }}
-        - --replication={{ $e.replication.factor }}
-        - --min-in-sync={{ $e.replication.minInSync }}
-        - --retention-hours={{ $e.retentionHours }}
+        - --viewer-partitions={{ $e.partitions.viewers | toJson }}
+        - --video-partitions={{ $e.partitions.videos | toJson }}
+        - --replication={{ $e.replication.factor | toJson }}
+        - --min-in-sync={{ $e.replication.minInSync | toJson }}
+        - --retention-hours={{ $e.retentionHours | toJson }}
       securityContext: {{- include "reelway.containerSecurity" . | nindent 8 }}
       env:
         - {name: OMP_NUM_THREADS, value: "1"}

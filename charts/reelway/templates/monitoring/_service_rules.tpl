@@ -29,8 +29,8 @@ groups:
         expr: |
           {{ $objective.record }}{{ $burn.long }} > {{ $limit }}
           and {{ $objective.record }}{{ $burn.short }} > {{ $limit }}
-        for: {{ ternary "2m" "15m" (eq $burn.pace "Fast") }}
-        labels: {severity: {{ $burn.severity }}}
+        for: {{ ternary "2m" "15m" (eq $burn.pace "Fast") | toJson }}
+        labels: {severity: {{ $burn.severity | toJson }}}
         annotations:
           summary: '{{ "{{ $value | humanizePercentage }}" }} {{ $objective.what }} on arm {{ "{{ $labels.arm }}" }} in the last {{ $burn.long }}, {{ $burn.rate }} times the budget'
       {{- end }}
@@ -51,6 +51,12 @@ groups:
         labels: {severity: ticket}
         annotations:
           summary: '{{ "{{ $value | humanize }}" }} requests in ten minutes used the context alone because of an unexpected exception in stage {{ "{{ $labels.stage }}" }}; the router logs have its traceback'
+      - alert: ReelwayViewerKeysUnread
+        expr: sum(increase(reelway_ingress_key_faults_total[30m])) > 0
+        for: 5m
+        labels: {severity: page}
+        annotations:
+          summary: 'routers failed {{ "{{ $value | humanize }}" }} times in half an hour to read the keys that verify viewers; tokens of new keys are refused'
       - alert: ReelwayScoresDrift
         expr: |
           histogram_quantile(0.5, sum by (release, le) (rate(reelway_shadow_score_drift_ratio_bucket[10m]))) > 0.5

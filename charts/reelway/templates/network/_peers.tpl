@@ -12,11 +12,17 @@ podSelector:
     - {protocol: TCP, port: 53}
 {{- end -}}
 
+{{/* Port of auth.jwt.jwksUrl. */}}
+{{- define "reelway.keySetPort" -}}
+{{- $url := urlParse .Values.auth.jwt.jwksUrl -}}
+{{- regexFind "[0-9]+$" (regexFind ":[0-9]+$" $url.host) | default (ternary "443" "80" (eq $url.scheme "https")) -}}
+{{- end -}}
+
 {{/* The API server is not a pod, so that only its addresses can be allowed. */}}
 {{- define "reelway.apiServerEgress" -}}
 {{- $api := .Values.networkPolicies.apiServer -}}
 - ports:
-    - {protocol: TCP, port: {{ $api.port }}}
+    - {protocol: TCP, port: {{ $api.port | toJson }}}
     {{- if ne (int $api.port) 6443 }}
     # The Service's port is translated before policies apply.
     - {protocol: TCP, port: 6443}
@@ -24,7 +30,7 @@ podSelector:
   {{- with $api.cidrs }}
   to:
     {{- range . }}
-    - ipBlock: {cidr: {{ . }}}
+    - ipBlock: {cidr: {{ . | toJson }}}
     {{- end }}
   {{- end }}
 {{- end -}}

@@ -1,10 +1,9 @@
 {{/* Settings file of `reelway operator`, which fills in the names in single braces. Secrets are paths of mounted files. */}}
 {{- define "reelway.operatorSettings" -}}
 {{- $v := .Values -}}
-interval_s: {{ $v.operator.intervalSeconds }}
+interval_s: {{ $v.operator.intervalSeconds | toJson }}
 webhook:
-  host: 0.0.0.0
-  port: {{ $v.operator.port }}
+  port: {{ $v.operator.port | toJson }}
   token_file: /etc/reelway/tokens/webhook
   {{- if $v.operator.webhookTls.secret }}
   cert_file: /etc/reelway/tls/webhook/tls.crt
@@ -15,10 +14,10 @@ lease:
 ray:
   token_file: /etc/reelway/tokens/ray
   {{- if $v.serving.enabled }}
-  service: {{ include "reelway.fullname" . }}
+  service: {{ include "reelway.fullname" . | quote }}
   {{- end }}
   dashboard_url: http://{name}-head-svc.{namespace}.svc:8265
-  router_url: http://{name}-router.{namespace}.svc:{{ $v.serving.port }}
+  internal_url: http://{name}-head-svc.{namespace}.svc:{{ $v.serving.internalPort }}
 release_store: {{ include "reelway.storeUrl" . | quote }}
 # null: nothing is replayed, so the default policy does not require parity.
 parity_findings: {{ if include "reelway.parityEnabled" . }}{{ include "reelway.parityReport" . | quote }}{{ else }}null{{ end }}
@@ -27,7 +26,7 @@ ranker_template: /etc/reelway/ranker/inference-service.yaml
 {{- end }}
 prometheus:
   {{- include "reelway.operatorSource" (dict "name" "prometheus" "url" $v.operator.prometheusUrl "access" $v.operator.prometheusAccess) | nindent 2 }}
-  labels: {{- toYaml $v.operator.prometheusAccess.labels | nindent 4 }}
+  labels: {{- toYaml ($v.operator.prometheusAccess.labels | default dict) | nindent 4 }}
 alertmanager:
   {{- include "reelway.operatorSource" (dict "name" "alertmanager" "url" $v.operator.alertmanagerUrl "access" $v.operator.alertmanagerAccess) | nindent 2 }}
 {{- end -}}
@@ -61,10 +60,10 @@ server_name: {{ .access.serverName | quote }}
 {{- range $name := list "prometheus" "alertmanager" }}
 {{- $access := index $v.operator (printf "%sAccess" $name) }}
 {{- with $access.tokenSecret }}
-- secret: {name: {{ . }}, items: [{key: token, path: {{ $name }}.token}]}
+- secret: {name: {{ . | toJson }}, items: [{key: token, path: {{ $name }}.token}]}
 {{- end }}
 {{- with $access.caConfigMap }}
-- configMap: {name: {{ . }}, items: [{key: ca.crt, path: {{ $name }}.ca.crt}]}
+- configMap: {name: {{ . | toJson }}, items: [{key: ca.crt, path: {{ $name }}.ca.crt}]}
 {{- end }}
 {{- with $access.clientSecret }}
 - secret: {name: {{ . }}, items: [{key: tls.crt, path: {{ $name }}.tls.crt}, {key: tls.key, path: {{ $name }}.tls.key}]}

@@ -15,31 +15,33 @@ initial:
 metrics_dir: /var/run/reelway/metrics
 features_dir: {{ include "reelway.featuresFolder" . | default "null" }}
 vector_log: {{ if include "reelway.parityEnabled" . }}{{ include "reelway.vectorLog" . | quote }}{{ else }}null{{ end }}
-parity_ratio: {{ $s.parity.ratio }}
+parity_ratio: {{ $s.parity.ratio | toJson }}
 outcomes: {{ if $s.outcomes.enabled }}{{ include "reelway.outcomesFolder" . }}/outcomes.db{{ else }}null{{ end }}
 events: {{ .Values.eventLog.address | default nil | toJson }}
-host: 0.0.0.0
-port: {{ $s.port }}
+host: {{ include "reelway.serveHost" . | quote }}
+port: {{ $s.port | toJson }}
 composition: staged
-max_ongoing_requests: {{ $s.queue.maxOngoingRequests }}
-max_ongoing_sustained: {{ $s.queue.maxOngoingSustained }}
+access:
+  {{- include "reelway.accessOptions" . | nindent 2 }}
+max_ongoing_requests: {{ $s.queue.maxOngoingRequests | toJson }}
+max_ongoing_sustained: {{ $s.queue.maxOngoingSustained | toJson }}
 ranker_address: {{ if include "reelway.kserveEnabled" . }}{{ include "reelway.rankerAddress" . | trim | quote }}{{ else }}null{{ end }}
 budgets:
-  viewer_row: {{ $s.budgetsMs.viewerRow }}
-  retrieval: {{ $s.budgetsMs.retrieval }}
-  ranking: {{ $s.budgetsMs.ranking }}
-  reranking: {{ $s.budgetsMs.reranking }}
+  viewer_row: {{ $s.budgetsMs.viewerRow | toJson }}
+  retrieval: {{ $s.budgetsMs.retrieval | toJson }}
+  ranking: {{ $s.budgetsMs.ranking | toJson }}
+  reranking: {{ $s.budgetsMs.reranking | toJson }}
 deployments:
   {{- range $name := list "router" "retrieval" "ranking" "reranking" }}
   {{- $deployment := get $s.deployments $name }}
   {{ $name }}:
-    num_replicas: {{ $deployment.replicas }}
-    num_cpus: {{ $deployment.cpus }}
-    num_gpus: {{ $deployment.gpus }}
+    num_replicas: {{ $deployment.replicas | toJson }}
+    num_cpus: {{ $deployment.cpus | toJson }}
+    num_gpus: {{ $deployment.gpus | toJson }}
     memory_bytes: {{ mul (int64 $deployment.memoryMiB) 1048576 }}
     {{- with $deployment.autoscaling }}
     {{- if .enabled }}
-    autoscaling: {min_replicas: {{ .min }}, max_replicas: {{ .max }}, target_ongoing_requests: {{ .ongoingRequests }}}
+    autoscaling: {min_replicas: {{ .min | toJson }}, max_replicas: {{ .max | toJson }}, target_ongoing_requests: {{ .ongoingRequests | toJson }}}
     {{- end }}
     {{- end }}
   {{- end }}
@@ -49,6 +51,50 @@ deployments:
   {{- else }}
   outcomes: {num_replicas: 1, num_cpus: 0}
   {{- end }}
+{{- end -}}
+
+{{/* YAML reads an unquoted off as false. */}}
+{{- define "reelway.authMode" -}}
+{{- ternary .Values.auth.mode "off" (kindIs "string" .Values.auth.mode) -}}
+{{- end -}}
+
+{{- define "reelway.accessOptions" -}}
+{{- $a := .Values.auth -}}
+mode: {{ include "reelway.authMode" . | quote }}
+{{- if eq (include "reelway.authMode" .) "jwt" }}
+jwt:
+  audience: {{ $a.jwt.audience | quote }}
+  issuer: {{ $a.jwt.issuer | default nil | toJson }}
+  jwks_url: {{ $a.jwt.jwksUrl | default nil | toJson }}
+  keys_file: {{ ternary "/etc/reelway/access/keys" nil (not (empty $a.jwt.keysConfigMap)) | toJson }}
+  ca_file: {{ ternary "/etc/reelway/access/ca.crt" nil (not (empty $a.jwt.caConfigMap)) | toJson }}
+  viewer_claim: {{ $a.jwt.viewerClaim | quote }}
+  algorithms: {{ $a.jwt.algorithms | toJson }}
+{{- end }}
+{{- if eq (include "reelway.authMode" .) "gateway" }}
+gateway:
+  keys_file: /etc/reelway/access/keys
+  max_age_s: {{ $a.gateway.maxAgeSeconds }}
+{{- end }}
+per_viewer: {per_second: {{ $a.perViewer.requestsPerSecond }}, burst: {{ int64 $a.perViewer.burst }}}
+per_address: {per_second: {{ $a.perAddress.requestsPerSecond }}, burst: {{ int64 $a.perAddress.burst }}}
+trusted_proxies: {{ $a.trustedProxies }}
+unlimited_networks: {{ concat (list "127.0.0.0/8" "::1/128") $a.unlimitedCidrs | toJson }}
+{{- end -}}
+
+{{/* Volume sources of the keys that proofs are verified with; empty if there is none. */}}
+{{- define "reelway.accessKeys" -}}
+{{- $a := .Values.auth -}}
+{{- if eq (include "reelway.authMode" .) "jwt" }}
+{{- with $a.jwt.keysConfigMap }}
+- configMap: {name: {{ . }}, items: [{key: keys, path: keys}]}
+{{- end }}
+{{- with $a.jwt.caConfigMap }}
+- configMap: {name: {{ . }}, items: [{key: ca.crt, path: ca.crt}]}
+{{- end }}
+{{- else if eq (include "reelway.authMode" .) "gateway" }}
+- secret: {name: {{ $a.gateway.keysSecret }}, items: [{key: keys, path: keys}]}
+{{- end }}
 {{- end -}}
 
 {{/* Whether the sums of outcomes need the head's volume: they are kept in a claim, or their event log is a folder there. */}}

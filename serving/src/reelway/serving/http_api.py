@@ -1,15 +1,21 @@
 """The HTTP API of the service: routes, validation errors and schema. Imports no Ray.
 
+``/v1/recommend``, ``/v1/outcomes`` and ``/healthz`` are for clients. All other paths are for the service itself:
+``internal_api`` serves them at a port of its own, and a client receives 404.
+
 Status codes:
 
 - 400: the body ended early; the client does not receive the response.
+- 401: the viewer's identity is not proven, and the service demands a proof (see ``access``).
+- 403: the request is about another viewer than the proven one.
 - 404, 405: there is no such path, or it has another method.
 - 408: the body did not arrive in time.
 - 413: the body is too long.
 - 415: the body is compressed.
 - 422: the request is invalid; the response names up to ``MAX_REPORTED`` invalid fields.
-- 429: too many requests are in flight (load shedding).
+- 429: too many requests are in flight (load shedding), or come from one viewer or address.
 - 503: an error that no fallback covers. Failed stages do not lead to an error; the slate comes from their fallbacks.
+  Proofs are answered with 503 while there are no keys to verify them.
   Outcomes are rejected with 503 while the event log does not accept them.
 
 Every 4xx and 5xx response has the body ``ErrorResponse``. Every rejected request is counted by ``record_rejected``.
@@ -29,7 +35,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -44,7 +50,10 @@ from reelway.platform.contracts.api import (
 from reelway.platform.contracts.events import Arm
 from reelway.platform.errors import MalformedFileError, OverloadedError, ServingError, StorageError
 from reelway.platform.request_body import BodyLimit, BodyLimitMiddleware, RequestBodyError, parse_json
+from reelway.platform.rollout.traffic.access_options import AuthMode
 from reelway.platform.rollout.traffic.routing import Routing
+from reelway.serving.access import AccessError, ForbiddenError, ViewerAccess
+from reelway.serving.access.middleware import AccessMiddleware, caller_of
 
 log = logging.getLogger(__name__)
 
@@ -88,14 +97,17 @@ class Health(BaseModel):
     """``GET /healthz``."""
 
     status: str = "ok"
+    authentication: AuthMode = Field(default="off", description="how a client proves which viewer it is")
 
 
 class RecommendService(Protocol):
     """The implementation behind the routes."""
 
-    async def recommend(self, request: RecommendRequest) -> PendingResponse: ...
+    async def recommend(self, request: RecommendRequest, *, authenticated: bool) -> PendingResponse: ...
 
-    async def report_outcomes(self, request: OutcomesRequest) -> OutcomesResponse: ...
+    async def report_outcomes(self, request: OutcomesRequest, viewer_id: int | None) -> OutcomesResponse:
+        """Records outcomes of one viewer, or of any viewers if ``viewer_id`` is None."""
+        ...
 
     def current_releases(self) -> CurrentReleases: ...
 
@@ -103,6 +115,10 @@ class RecommendService(Protocol):
 
     def record_rejected(self, kind: str) -> None:
         """Counts a request that was rejected: ``invalid``, ``not_found``, or a kind of ``RequestBodyError``."""
+        ...
+
+    def record_denied(self, reason: str) -> None:
+        """Counts a request that was denied; the reason is that of an ``AccessError``."""
         ...
 
     def shed_before_read(self) -> None:
@@ -120,6 +136,9 @@ class RecommendService(Protocol):
 
 RECOMMEND: Final = "/v1/recommend"
 OUTCOMES: Final = "/v1/outcomes"
+HEALTH: Final = "/healthz"
+CURRENT_RELEASES: Final = "/v1/releases/current"
+METRICS: Final = "/metrics"
 MAX_RECOMMEND_BYTES: Final = 16 << 10
 MAX_OUTCOMES_BYTES: Final = 1 << 20
 """Four times the size of a request with 1,000 outcomes."""
@@ -130,16 +149,18 @@ BODY_LIMITS: Final = {
 BODY_RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
     status: {"model": ErrorResponse, "description": description}
     for status, description in (
+        (401, "The viewer's identity is not proven; see WWW-Authenticate."),
+        (403, "The request is about another viewer than the proven one."),
         (408, "The body did not arrive in time."),
         (413, "The body is too long."),
         (415, "The body is compressed."),
         (422, "The request is invalid."),
+        (429, "Too many requests; see Retry-After."),
     )
 }
 RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
     **BODY_RESPONSES,
     200: {"model": RecommendResponse},
-    429: {"model": ErrorResponse, "description": "Too many requests are in flight; see Retry-After."},
 }
 OUTCOMES_RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
     **BODY_RESPONSES,
@@ -147,8 +168,12 @@ OUTCOMES_RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
 }
 
 
-def build_http_api(service: RecommendService) -> FastAPI:
-    """Returns the ASGI application, which closes the service when it ends."""
+def build_http_api(service: RecommendService, access: ViewerAccess) -> FastAPI:
+    """Returns the ASGI application, which closes the service when it ends.
+
+    Args:
+        access: who may ask.
+    """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -166,42 +191,55 @@ def build_http_api(service: RecommendService) -> FastAPI:
 
     # The response model is valid by construction, so FastAPI need not validate it again. RESPONSES documents it.
     @api.post(RECOMMEND, responses=RESPONSES)
-    async def recommend(request: RecommendRequest) -> Response:
+    async def recommend(request: RecommendRequest, http: Request) -> Response:
         """Returns an ordered slate for one viewer, known or unknown."""
-        answer = await service.recommend(request)
+        caller = caller_of(http.scope)
+        if caller.authenticated and caller.viewer_id != request.viewer_id:
+            raise ForbiddenError(
+                "viewer", f"viewer_id {request.viewer_id}: the proven identity is another viewer; ask for that viewer"
+            )
+        answer = await service.recommend(request, authenticated=caller.authenticated)
         body = answer.response.model_dump_json()
         return Response(body, media_type="application/json", background=cast(Any, answer.background))
 
     @api.post(OUTCOMES, response_model=OutcomesResponse, responses=OUTCOMES_RESPONSES)
-    async def report(request: OutcomesRequest) -> Response:
+    async def report(request: OutcomesRequest, http: Request) -> Response:
         """Records up to 1,000 outcomes.
 
         The response is sent once they are in the event log; without a response, send them again.
         """
         try:
-            answer = await service.report_outcomes(request)
+            answer = await service.report_outcomes(request, caller_of(http.scope).viewer_id)
         except (ServingError, StorageError, MalformedFileError) as error:
             log.error("outcomes not recorded: %s", error)
             return service_unavailable("the outcomes cannot be recorded now; send them again")
         return Response(answer.model_dump_json(), media_type="application/json")
 
-    @api.get("/v1/releases/current")
+    @api.get(CURRENT_RELEASES)
     async def releases() -> CurrentReleases:
         """Returns the releases behind this service and their shares of the traffic."""
         return service.current_releases()
 
-    @api.get("/healthz")
+    @api.get(HEALTH)
     async def healthz() -> Health:
         """Whether this router can answer."""
-        return Health()
+        return Health(authentication=access.options.mode)
 
-    @api.get("/metrics", response_class=Response)
+    @api.get(METRICS, response_class=Response)
     async def metrics() -> Response:
         """Returns the metrics of all stages on this node, for Prometheus."""
         return Response(await service.metrics_text(), media_type=CONTENT_TYPE_LATEST)
 
     _handle_errors(api, service)
     api.add_middleware(BodyLimitMiddleware, limits=BODY_LIMITS, reject=_body_rejection(service))
+    api.add_middleware(
+        AccessMiddleware,
+        access=access,
+        guarded=(RECOMMEND, OUTCOMES),
+        public=(HEALTH,),
+        deny=_denial(service),
+        hide=_hiding(service),
+    )
     api.add_middleware(LoadSheddingMiddleware, service=service)
     return api
 
@@ -213,6 +251,10 @@ def _handle_errors(api: FastAPI, service: RecommendService) -> None:
         fields = [field_error(detail) for detail in error.errors()[:MAX_REPORTED]]
         named = ", ".join(dict.fromkeys(field.field for field in fields))
         return error_response(422, ErrorResponse(error=f"the request is invalid; correct {named}", fields=fields))
+
+    @api.exception_handler(AccessError)
+    async def denied(_: Request, error: AccessError) -> Response:
+        return _denial(service)(error)
 
     @api.exception_handler(OverloadedError)
     async def turned_away(_: Request, error: OverloadedError) -> Response:
@@ -235,6 +277,27 @@ def _body_rejection(service: RecommendService) -> Callable[[RequestBodyError], R
         return error_response(error.status, ErrorResponse(error=str(error)), error.headers)
 
     return reject
+
+
+def _denial(service: RecommendService) -> Callable[[AccessError], Response]:
+    def deny(error: AccessError) -> Response:
+        service.record_denied(error.reason)
+        return error_response(error.status, ErrorResponse(error=str(error)), error.headers)
+
+    return deny
+
+
+def _hiding(service: RecommendService) -> Callable[[], Response]:
+    def hide() -> Response:
+        service.record_rejected("not_found")
+        return not_found()
+
+    return hide
+
+
+def not_found() -> Response:
+    """Returns the response to a path that does not exist."""
+    return error_response(404, ErrorResponse(error="Not Found"))
 
 
 def error_response(status: int, body: ErrorResponse, headers: Mapping[str, str] | None = None) -> Response:

@@ -109,6 +109,7 @@ class PathCall:
     shown_at_s: float | None = None
     mirrored: bool = False
     memory: ViewerMemoryState = NO_MEMORY
+    authenticated: bool = False  # the viewer proved its identity
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +198,8 @@ class RequestPath:
         now_s: float,
         shown_at_s: float | None = None,
         memory: ViewerMemoryState = NO_MEMORY,
+        *,
+        authenticated: bool = False,
     ) -> Recommendation:
         """Returns a slate for the viewer, whichever stages fail.
 
@@ -205,9 +208,10 @@ class RequestPath:
             now_s: Unix seconds of the request.
             shown_at_s: Unix seconds of the clock, if the request states a time of its own.
             memory: what the viewer was shown, watched and blocked.
+            authenticated: whether the viewer proved its identity; recorded with the exposure.
         """
         release, (request_id,) = self._release, new_ids(1)
-        call = PathCall(request, viewer_row, now_s, request_id, shown_at_s, memory=memory)
+        call = PathCall(request, viewer_row, now_s, request_id, shown_at_s, memory=memory, authenticated=authenticated)
         with timed(self._metrics.latency.labels(*self._labels)):
             result = await self._executor.run(self, call)
         slate = result.slate
@@ -295,7 +299,7 @@ class RequestPath:
             call.request_id, call.request.viewer_id, self._release.release_id, self._rollout_arm, query.region,
             call.now_s, call.now_s if call.shown_at_s is None else call.shown_at_s,
             call.viewer_row is not None and is_cold_start(call.viewer_row), call.request.context.device,
-            call.request.context.language,
+            call.request.context.language, call.authenticated,
         )  # fmt: skip
 
     def _count_repeated(self, slate: Slate, query: ViewerQuery, candidates: Candidates) -> int:

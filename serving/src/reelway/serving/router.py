@@ -123,8 +123,11 @@ class Router:
         if self._routing is not routing or self._releases.is_missing_any(routing.releases):
             self._open_in_background(routing)
 
-    async def recommend(self, request: RecommendRequest) -> PendingResponse:
+    async def recommend(self, request: RecommendRequest, *, authenticated: bool = False) -> PendingResponse:
         """Returns a slate by the release of the viewer's arm.
+
+        Args:
+            authenticated: whether the viewer proved its identity; recorded with the exposure.
 
         Raises:
             OverloadedError: if too many requests to that release are in flight. Mirrored requests do not count; they
@@ -141,7 +144,9 @@ class Router:
         with arm_path.release.track_request():
             try:
                 row, memory = await self._viewer(request.viewer_id, arm_path.runner)
-                recommendation = await arm_path.path.recommend(request, row, now_s, clock_s, memory)
+                recommendation = await arm_path.path.recommend(
+                    request, row, now_s, clock_s, memory, authenticated=authenticated
+                )
             except Exception:
                 arm_path.path.count_failed()
                 raise
@@ -170,7 +175,7 @@ class Router:
         if shadow and routing.shadow and is_mirrored(viewer_id, routing.salt, routing.shadow.weight_bp):
             self._mirror.mirror(shadow.release, shadow.path, mirrored_request, recommendation)
 
-    async def report_outcomes(self, request: OutcomesRequest) -> OutcomesResponse:
+    async def report_outcomes(self, request: OutcomesRequest, viewer_id: int | None = None) -> OutcomesResponse:
         """Records reported outcomes; see ``OutcomeIntake.accept``.
 
         Raises:
@@ -178,7 +183,7 @@ class Router:
         """
         if self._dependencies.outcomes is None:
             raise ServingError("router: no event log is configured, so outcomes are not accepted")
-        return await self._dependencies.outcomes.accept(request)
+        return await self._dependencies.outcomes.accept(request, viewer_id)
 
     def close(self) -> None:
         """Appends the exposures and outcomes that are still queued, and writes the shown videos; blocks."""
@@ -217,6 +222,14 @@ class Router:
     def record_rejected(self, kind: str) -> None:
         """Counts a request that was rejected before it reached a release."""
         self._metrics.refused.labels(kind).inc()
+
+    def record_denied(self, reason: str) -> None:
+        """Counts a request that was denied; the reason is that of an ``AccessError``."""
+        self._metrics.denied.labels(reason).inc()
+
+    def record_key_fault(self) -> None:
+        """Counts a failed read of the keys that verify viewers."""
+        self._metrics.key_faults.inc()
 
     def shed_before_read(self) -> None:
         """Rejects a request before it is read, if a single release answers all viewers and that release is full.

@@ -1,18 +1,17 @@
 """``reelway serve`` serves a run's release over HTTP; ``reelway recommend`` prints one viewer's slate.
 
-However ``serve`` is stopped, it also stops Ray, Serve, every replica and the local controller. It does not start if
-``verify`` rejects the release, if the port is in use, or if the run is being served already.
+However ``serve`` is stopped, it also stops Ray, Serve, every replica and the local controller within ``STOP_LIMIT_S``.
+It does not start if ``verify`` rejects the release, if the port is in use, or if the run is being served already.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -23,19 +22,25 @@ from rich.markup import escape
 from rich.table import Table
 
 from reelway.platform.atomic_files import ensure_private_token, write_json
-from reelway.platform.cli.processes import child_process, reelway_command
+from reelway.platform.cli.processes import ChildProcesses, reelway_command
+from reelway.platform.cli.supervisor import command_pid, supervise
 from reelway.platform.cli.terminal import print_status, stderr_console, stdout_console
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.errors import ConfigError, FeatureError, ServingError
 from reelway.platform.rollout.traffic.serving_options import Composition
 from reelway.platform.run_directory import RunDirectory
 from reelway.serving.free_ports import check_port_free, find_free_port
+from reelway.serving.serve_settings import serve_host
 
 if TYPE_CHECKING:
     from reelway.platform.release.verify import VerifiedRelease
 
 LIVE_RELEASE: Final = "live"
 WARM_UP_REQUESTS: Final = 20
+STOP_LIMIT_S: Final = 12.0
+"""Seconds from a stop signal until what has not ended is killed. A caller that stops this command waits longer."""
+BACKGROUND_STOP_LIMIT_S: Final = 1.0
+"""Seconds for the controller and the streams after Ray has stopped; they are told to stop before Serve is."""
 SERVING_RECORD: Final = "serving.json"
 RAY_TOKEN: Final = "ray.token"
 """Token file in the run's key folder. A client with the token can change what Ray Serve runs."""
@@ -59,8 +64,19 @@ def serve(
         help="Release id or a unique prefix of one, 'latest', or 'live': the release that the last rollout left live, "
         "or the latest if there was no rollout.",
     ),
-    host: str = typer.Option("127.0.0.1", help="IP address to listen on; 0.0.0.0 listens on all interfaces."),
+    host: str = typer.Option("127.0.0.1", help="IP address to listen on; * listens on all interfaces."),
     port: int = typer.Option(8000, min=0, max=65535, help="Port to listen on; 0 chooses a free port."),
+    internal_port: int = typer.Option(
+        0,
+        min=0,
+        max=65535,
+        help="Port of the internal API on 127.0.0.1: metrics, current releases and the schema; 0 chooses a free port.",
+    ),
+    auth: Path | None = typer.Option(
+        None,
+        help="YAML file with the proof of identity that viewers send, and with request rates. By default any client "
+        "may ask for any viewer.",
+    ),
     composition: Composition = typer.Option(
         "staged",
         help="Where the stages run: 'staged' in processes of their own, 'fused' in the router processes, without calls "
@@ -94,7 +110,8 @@ def serve(
     """Serve a run's release over HTTP until Ctrl-C: retrieval, ranking and re-ranking behind a router, on Ray Serve.
 
     Once the service answers, its address is printed and written to serving.json in the run directory. The file also
-    has the address of Serve's REST API, through which the rollout controller changes what runs.
+    has the addresses of the internal API, which clients cannot reach through the service's port, and of Serve's REST
+    API, through which the rollout controller changes what runs.
 
     Examples:
 
@@ -103,9 +120,11 @@ def serve(
       reelway serve --run runs/demo --release 3f9c --port 0 --ranking-replicas 2 --no-controller
 
       reelway serve --run runs/demo --composition fused --router-replicas 2
+
+      reelway serve --run runs/demo --auth auth.yaml
     """
     directory = RunDirectory(run)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores SIGINT for background processes
+    supervise(STOP_LIMIT_S)
     with exclusive_serving_lock(directory):
         verified = _verified(directory, release)
         if max_ongoing_sustained and max_ongoing_sustained > max_ongoing_requests:
@@ -113,10 +132,14 @@ def serve(
                 f"--max-ongoing-sustained {max_ongoing_sustained}: larger than --max-ongoing-requests "
                 f"{max_ongoing_requests}; lower it"
             )
+        host = serve_host(host)
         port = find_free_port(host) if port == 0 else check_port_free(host, port)
         from reelway.platform.rollout.traffic.routing import Routing
         from reelway.platform.rollout.traffic.serving_options import Deployments, ReleaseStoreArgs, ServingOptions
+        from reelway.serving.access import InternalCredential, describe_access
+        from reelway.serving.access.access_file import read_access
         from reelway.serving.deployments.local_serve import running_service
+        from reelway.serving.token_secrets import read_token_secrets
 
         serving_dir = directory.path / "serving"
         options = ServingOptions(
@@ -144,22 +167,33 @@ def serve(
             composition=composition,
             max_ongoing_requests=max_ongoing_requests,
             max_ongoing_sustained=max_ongoing_sustained,
+            access=read_access(auth),
         )
+        credential = InternalCredential(read_token_secrets(options.token_secrets))
         release_id = verified.manifest.release_id
-        with ExitStack() as stack:
+        with ChildProcesses(BACKGROUND_STOP_LIMIT_S) as background, ExitStack() as stack:
             with stderr_console.status("starting Ray and the stages"):
                 routing = Routing.single_release(release_id)
-                service = stack.enter_context(running_service(routing, options, directory.keys / RAY_TOKEN))
-                _warm_up(service.url)
-            record = {"url": service.url, "pid": os.getpid(), "release": release_id, "serve_api": service.serve_api}
+                token = directory.keys / RAY_TOKEN
+                service = stack.enter_context(running_service(routing, options, token, internal_port=internal_port))
+                _warm_up(service.url, credential.headers)
+            record = {
+                "url": service.url,
+                "internal_url": service.internal_url,
+                "pid": command_pid(),
+                "release": release_id,
+                "serve_api": service.serve_api,
+            }
             stack.enter_context(_record(directory, record))
+            stack.callback(background.interrupt)  # they stop while Serve does
             if controller:
-                stack.enter_context(_background_process(directory, "rollout", "controller"))
+                _start_in_background(background, directory, "rollout", "controller")
             if live:
-                stack.enter_context(_background_process(directory, "stream", "overlay"))
+                _start_in_background(background, directory, "stream", "overlay")
             if live and options.features_dir:
-                stack.enter_context(_background_process(directory, "stream"))
+                _start_in_background(background, directory, "stream")
             stdout_console.print(f"serving release {short_id(release_id)} at {service.url}", highlight=False)
+            print_status(f"internal API at {service.internal_url}; {describe_access(options.access)}")
             print_status(f"Press Ctrl-C to stop. Try: reelway recommend --url {service.url} --viewer 1")
             _wait_for_interrupt()
 
@@ -173,6 +207,9 @@ def recommend(
     ),
     device: str = typer.Option("phone", help="Device of the viewer."),
     region: str | None = typer.Option(None, help="Region of the viewer, used if the viewer's profile has no region."),
+    token_file: Path | None = typer.Option(
+        None, help="File with the viewer's JSON Web Token, for a service that demands one; see `reelway viewer-token`."
+    ),
     as_json: bool = typer.Option(False, "--json", help="Print the service's JSON response instead of a table."),
 ) -> None:
     """Request one viewer's slate from the running service.
@@ -186,7 +223,7 @@ def recommend(
     address = url or _recorded_url(RunDirectory(run))
     body = {"viewer_id": viewer, "count": count, "context": {"device": device, "region": region}}
     try:
-        answer = httpx.post(f"{address}/v1/recommend", json=body, timeout=30)
+        answer = httpx.post(f"{address}/v1/recommend", json=body, headers=_bearer(token_file), timeout=30)
     except httpx.HTTPError as error:
         raise ServingError(
             f"{address}: no answer: {error}; start the service with `reelway serve --run {run}`"
@@ -263,13 +300,11 @@ def _token_secrets(run: RunDirectory) -> Path:
     return path
 
 
-@contextmanager
-def _background_process(run: RunDirectory, *command: str) -> Iterator[None]:
-    """Runs a `reelway` command of this run while the block runs, with a log of its own in the run directory."""
+def _start_in_background(children: ChildProcesses, run: RunDirectory, *command: str) -> None:
+    """Starts a `reelway` command of this run with a log of its own in the run directory."""
     log = run.path / command[0] / f"{command[-1]}.log"
     log.parent.mkdir(exist_ok=True)
-    with child_process(reelway_command(*command, "--run", str(run.path)), log=log):
-        yield
+    children.start(reelway_command(*command, "--run", str(run.path)), log)
 
 
 def _empty_directory(folder: Path) -> Path:
@@ -279,14 +314,14 @@ def _empty_directory(folder: Path) -> Path:
     return folder
 
 
-def _warm_up(url: str) -> None:
+def _warm_up(url: str, headers: Mapping[str, str]) -> None:
     """Sends requests until ``WARM_UP_REQUESTS`` responses came from the stages and not from fallbacks.
 
     The first requests include the deferred initialisation of every process.
     """
     deadline = time.monotonic() + 60
     answered = 0
-    with httpx.Client(base_url=url, timeout=30) as client:
+    with httpx.Client(base_url=url, headers=headers, timeout=30) as client:
         while answered < WARM_UP_REQUESTS:
             answer = client.post("/v1/recommend", json={"viewer_id": 0, "count": 1})
             stages_answer = answer.is_success and not set(answer.json()["degraded"]) - {"no_viewer_row"}
@@ -317,6 +352,16 @@ def _recorded_url(run: RunDirectory) -> str:
     if not path.exists():
         raise ConfigError(f"{run.path}: not being served; start `reelway serve --run {run.path}` or pass --url")
     return str(json.loads(path.read_text())["url"])
+
+
+def _bearer(token_file: Path | None) -> dict[str, str]:
+    """Returns the header with the token in the file; none without a file."""
+    if token_file is None:
+        return {}
+    try:
+        return {"Authorization": f"Bearer {token_file.read_text().strip()}"}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{token_file}: cannot read the token: {error}; pass another --token-file") from error
 
 
 def _print_slate(answer: dict[str, Any]) -> None:

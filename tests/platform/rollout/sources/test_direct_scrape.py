@@ -19,7 +19,7 @@ from reelway.platform.rollout import metric_names as names
 from reelway.platform.rollout.evidence import EvidenceSnapshot, EvidenceState
 from reelway.platform.rollout.policy import Slice
 from reelway.platform.rollout.sources import SeriesEvidenceSource, evidence_source
-from reelway.platform.rollout.sources.direct_scrape import DirectScrapeReader, service_url
+from reelway.platform.rollout.sources.direct_scrape import DirectScrapeReader, internal_url
 from reelway.platform.rollout.sources.parity_findings import read_parity
 from reelway.platform.rollout.sources.series_reader import Scope
 from reelway.platform.rollout.state import RolloutState
@@ -35,12 +35,12 @@ class Scraped:
     def __init__(self, folder: Path) -> None:
         self.run = RunDirectory(folder)
         self.exporter = Exporter(CANARY[: names.SHORT_RELEASE], STABLE[: names.SHORT_RELEASE])
-        patient = DirectScrapeReader(lambda: service_url(self.run), timeout_s=20.0)  # for a busy machine
+        patient = DirectScrapeReader(lambda: internal_url(self.run), timeout_s=20.0)  # for a busy machine
         self.source = SeriesEvidenceSource(patient, lambda: read_parity(self.run))
         self.record()
 
     def record(self) -> None:
-        (self.run.path / "serving.json").write_text(json.dumps({"url": f"http://{self.exporter.address}/"}))
+        (self.run.path / "serving.json").write_text(json.dumps({"internal_url": f"http://{self.exporter.address}/"}))
 
     def at(self, now: float, state: RolloutState | None = None) -> EvidenceSnapshot:
         return self.source.fetch(POLICY, state or state_of(), now)
@@ -178,7 +178,7 @@ def test_clock_set_back_starts_a_new_window(scraped: Scraped) -> None:
 
 
 def test_reader_stores_only_needed_series(scraped: Scraped) -> None:
-    reader = DirectScrapeReader(lambda: service_url(scraped.run))
+    reader = DirectScrapeReader(lambda: internal_url(scraped.run))
     scraped.exporter.count(Arm.CANARY, times=5)
     scraped.exporter.sums.values = {**sums(Arm.CANARY, 60), **sums(Arm.CANARY, 60, rollout="r-6")}
     for now in range(100, 180):
@@ -209,5 +209,5 @@ def test_read_takes_less_than_100_ms(scraped: Scraped) -> None:
 @pytest.mark.parametrize("text", ["", "{}", "[]"])
 def test_error_names_an_invalid_serving_record(tmp_path: Path, text: str) -> None:
     (tmp_path / "serving.json").write_text(text)
-    with pytest.raises(ServingError, match=r"serving\.json has no service URL"):
-        service_url(RunDirectory(tmp_path))
+    with pytest.raises(ServingError, match=r"serving\.json has no URL of the internal API"):
+        internal_url(RunDirectory(tmp_path))

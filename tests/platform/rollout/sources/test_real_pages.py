@@ -46,7 +46,7 @@ def test_evidence_matches_the_counts_of_router_and_collector(tmp_path: Path) -> 
     ]
     outcomes = [RawOutcome(one, OutcomeType.WATCH, 15_000.0 if one.id % 2 else 200.0) for one in shown]
     outcomes += [RawOutcome(one, OutcomeType.LIKE) for one in shown[::5]]
-    (tmp_path / "serving.json").write_text(json.dumps({"url": f"http://{service.address}"}))
+    (tmp_path / "serving.json").write_text(json.dumps({"internal_url": f"http://{service.address}"}))
 
     def pages() -> None:
         service.answer = {
@@ -70,7 +70,7 @@ def test_evidence_matches_the_counts_of_router_and_collector(tmp_path: Path) -> 
         for topic, record in (
             (Topic.EXPOSURES, exposure_record(shown)), (Topic.OUTCOMES, outcome_record(outcomes))
         ):  # fmt: skip
-            with closing(open_topic(tmp_path / "events", topic)) as log:
+            with closing(open_topic(tmp_path / "events", topic, lambda: NOW)) as log:
                 log.append([record])
         while collector.advance() or collector.advance():
             pass

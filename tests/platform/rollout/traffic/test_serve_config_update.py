@@ -37,7 +37,8 @@ CONFIG = document(Routing.single_release("old"), 8000) | {"target_capacity": 50.
 def target(phase: Phase = Phase.STEPPING, **more: Any) -> TrafficTarget:
     return traffic_target(
         RolloutState(
-            id="r", stable_release="old", canary_release="new", phase=phase, started_at=0, changed_at=0, tick_at=0,
+            id="r", salt="s", stable_release="old", canary_release="new", phase=phase, started_at=0, changed_at=0,
+            tick_at=0,
             **more,
         )
     )  # fmt: skip
@@ -186,7 +187,9 @@ def backend(tmp_path: Path, stub: FakeServeApi) -> Any:
     stub.token = "secret-of-ray"
     (run.keys / "ray.token").write_text(stub.token + "\n")
     with serve_in_thread(stub.application(), "127.0.0.1", 0) as url:
-        (tmp_path / "serving.json").write_text(json.dumps({"url": url, "serve_api": url, "pid": 1, "release": "old"}))
+        (tmp_path / "serving.json").write_text(
+            json.dumps({"internal_url": url, "serve_api": url, "pid": 1, "release": "old"})
+        )
         rest_backend = ServeRestBackend(run, timeout_s=2)
         yield rest_backend
         rest_backend.close()
@@ -231,7 +234,7 @@ def test_error_names_a_wrong_token(backend: ServeRestBackend, stub: FakeServeApi
 def test_stopped_service_is_unknown_until_it_runs_again(backend: ServeRestBackend, tmp_path: Path) -> None:
     record = tmp_path / "serving.json"
     content = record.read_text()
-    record.write_text(json.dumps({"url": "http://127.0.0.1:9", "serve_api": "http://127.0.0.1:9"}))
+    record.write_text(json.dumps({"internal_url": "http://127.0.0.1:9", "serve_api": "http://127.0.0.1:9"}))
     observation = backend.observe()
     assert (observation.routing, observation.releases) == (None, ())
     assert "ConnectError" in observation.detail
@@ -250,7 +253,7 @@ def test_hanging_service_is_unknown_after_the_timeout(tmp_path: Path) -> None:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        (tmp_path / "serving.json").write_text(json.dumps({"url": url, "serve_api": url}))
+        (tmp_path / "serving.json").write_text(json.dumps({"internal_url": url, "serve_api": url}))
         backend = ServeRestBackend(RunDirectory(tmp_path), timeout_s=0.2)
         assert "ReadTimeout" in backend.observe().detail
         backend.close()

@@ -144,7 +144,7 @@ def test_alert_rolls_back_within_a_second_without_a_failed_request(
     controller = Controller(store, backend, ScriptedEvidence("few"), alerts, metrics=metrics)
     rollout = start_state(HALF, rollout_id="r-2", canary_release="c" * 64, stable_release="old", now=time.time() - 1)
     store.create(rollout, HALF)
-    load = BackgroundLoad(backend._read_serving_record().url)
+    load = BackgroundLoad(backend._read_serving_record().internal_url)
     threads = [threading.Thread(target=load.run, args=(first,)) for first in range(4)]
     threads.append(threading.Thread(target=controller.run, args=(stop, wake)))
     try:
@@ -169,4 +169,4 @@ def test_alert_rolls_back_within_a_second_without_a_failed_request(
     assert {status for _, _, status, _ in load.answers} == {200}
     assert last - sent < 1.0
     assert len(load.answers) > 200
-    assert all(bucket_of(viewer, "r-2") < 4_000 for _, viewer, _, arm in load.answers if arm == Arm.CANARY.value)
+    assert all(bucket_of(viewer, rollout.salt) < 4_000 for _, viewer, _, arm in load.answers if arm == Arm.CANARY.value)

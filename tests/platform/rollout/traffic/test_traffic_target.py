@@ -75,3 +75,14 @@ def test_single_stable_routing_counts_as_canary_weight_zero() -> None:
     weights = TrafficObservation(routing=Routing.single_release("old")).weights(rolling_back)
     assert weights == {Arm.STABLE: 10_000, Arm.CANARY: 0, Arm.HOLDOUT: 0}
     assert TrafficObservation(routing=Routing.single_release("new")).weights(rolling_back) is None
+
+
+def test_salt_is_random_and_stays() -> None:
+    """The id is in every impression token, so that a salt derived from it would not be secret."""
+    one, other = state(Phase.STEPPING, canary_bp=500), state(Phase.STEPPING, canary_bp=500)
+    salts = {traffic_target(rollout).routing.salt for rollout in (one, other)}
+    assert len(salts) == 2
+    assert min(len(salt) for salt in salts) >= 32
+    promoted = one.model_copy(update={"phase": Phase.PROMOTED, "canary_bp": 10_000})
+    recorded = RolloutState.model_validate_json(promoted.model_dump_json())
+    assert traffic_target(recorded).routing.salt == traffic_target(one).routing.salt

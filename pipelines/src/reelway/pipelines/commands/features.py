@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from reelway.platform.cli.supervisor import supervise
 from reelway.platform.cli.terminal import print_status, progress, stdout_console
 from reelway.platform.errors import ConfigError, ParityError
 from reelway.platform.run_directory import RunDirectory
+from reelway.platform.stop_signals import STOP_LIMIT_S
 
 if TYPE_CHECKING:
     from reelway.pipelines.features.parity.comparison import ParityReport
@@ -82,6 +84,7 @@ def build_and_materialise(
 ) -> None:
     """Builds the features, then materialises them."""
     if context.invoked_subcommand is None:
+        supervise(STOP_LIMIT_S)
         _build(RunDirectory(run), cpus, ray_address, online_store, force)
         _materialise(RunDirectory(run), None, force)
         _publish(RunDirectory(run), publish_registry)
@@ -95,6 +98,7 @@ def build(
     force: Force = False,
 ) -> None:
     """Compute every view, register it with Feast and join the training rows."""
+    supervise(STOP_LIMIT_S)
     _build(RunDirectory(run), cpus, ray_address, online_store, force)
 
 
@@ -174,7 +178,6 @@ def parity(
         --events kafka://kafka:9092 --report s3://reelway/releases/parity.json
     """
     import os
-    import signal
     import time
 
     from reelway.pipelines.features.parity.progress import forget_vectors
@@ -191,7 +194,6 @@ def parity(
     if from_start:
         forget_vectors(RunFiles(run), time.time())
     if every is not None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore SIGINT
         os.nice(19)  # the service has priority over its monitoring
     while True:
         report, progress = replay(run, options, time.time())

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from reelway.platform.cli.terminal import print_status, stderr_console
+
+if TYPE_CHECKING:
+    from reelway.pipelines.simulation.live_traffic import TrafficOptions
+    from reelway.platform.viewer_assertions import ViewerTokenSigner
 
 
 def register(app: typer.Typer) -> None:
@@ -19,6 +23,11 @@ def traffic(
     run: Path = typer.Option(Path("runs/default"), "--run", help="Run directory with simulated viewers."),
     url: str | None = typer.Option(
         None, help="URL of the service. Defaults to the service that serves the run directory."
+    ),
+    internal_url: str | None = typer.Option(
+        None,
+        help="URL of the service's internal API, which names the canaries. Without it, and with --url, arm changes "
+        "are not counted.",
     ),
     rate: float = typer.Option(40.0, min=0.1, max=2_000, help="Mean requests per second; arrival times are random."),
     seconds: float | None = typer.Option(
@@ -33,6 +42,13 @@ def traffic(
         None, help="JSON file to which the report is written every second. By default no file."
     ),
     seed: int = typer.Option(0, min=0, help="Random seed for arrival times and viewer behaviour."),
+    viewer_key: Path | None = typer.Option(
+        None,
+        help="Private key that signs a token for each viewer, for a service that demands one; see "
+        "`reelway viewer-key`. Requires --audience.",
+    ),
+    audience: str | None = typer.Option(None, help="Audience of these tokens: jwt.audience of the service."),
+    issuer: str | None = typer.Option(None, help="Issuer of these tokens: jwt.issuer of the service. By default none."),
 ) -> None:
     """Send live traffic: the run's simulated viewers request slates, watch videos and report outcomes.
 
@@ -49,6 +65,7 @@ def traffic(
     """
     import json
 
+    from reelway.pipelines.simulation.live_traffic import TrafficOptions
     from reelway.platform.errors import ConfigError
     from reelway.platform.run_directory import RunDirectory
 
@@ -59,45 +76,51 @@ def traffic(
         raise ConfigError(f"{directory.path} has no data set; create one with `reelway simulate --run {run}`")
     if url is None and not record.exists():
         raise ConfigError(f"{run} is not being served; run `reelway serve --run {run}`, or pass --url")
-    address = url or str(json.loads(record.read_text())["url"])
-    traffic_report = _run_traffic(directory.dataset, address, rate, seconds, viewers, count, timeout_s, report, seed)
+    if url is None:
+        served = json.loads(record.read_text())
+        url, internal_url = str(served["url"]), internal_url or str(served["internal_url"])
+    signer = _signer(viewer_key, audience, issuer)
+    options = TrafficOptions(url, internal_url, rate, seconds, count, timeout_s, seed=seed, report=report)
+    traffic_report = _run_traffic(directory.dataset, options, viewers, signer)
     _show(traffic_report)
     if report is not None:
         print_status(f"report: {report}")
 
 
+def _signer(key: Path | None, audience: str | None, issuer: str | None) -> ViewerTokenSigner | None:
+    from reelway.platform.errors import ConfigError
+    from reelway.platform.viewer_assertions import ViewerTokenSigner, read_viewer_key
+
+    if key is None:
+        return None
+    if audience is None:
+        raise ConfigError("--viewer-key without --audience; pass the service's jwt.audience")
+    return ViewerTokenSigner(read_viewer_key(key), audience=audience, issuer=issuer)
+
+
 def _run_traffic(
-    dataset: Path,
-    url: str,
-    rate: float,
-    seconds: float | None,
-    viewers: int | None,
-    count: int,
-    timeout_s: float,
-    report: Path | None,
-    seed: int,
+    dataset: Path, options: TrafficOptions, viewers: int | None, signer: ViewerTokenSigner | None
 ) -> dict[str, Any]:
     import asyncio
     import json
-    import signal
     import time
 
-    from reelway.pipelines.simulation.live_traffic import LiveTraffic, TrafficOptions
+    from reelway.pipelines.simulation.live_traffic import LiveTraffic
     from reelway.pipelines.simulation.live_viewers import LiveViewers, load_history, load_world
+    from reelway.platform.stop_signals import call_on_stop_signals
 
-    options = TrafficOptions(url, rate, seconds, count, timeout_s, seed=seed, report=report)
     world = load_world(json.loads((dataset / "dataset.json").read_text()))
     history = load_history(world, dataset / "outcomes.parquet")
-    crowd = LiveViewers(world, seed=seed, now_s=time.time(), count=viewers, history=history)
+    crowd = LiveViewers(world, seed=options.seed, now_s=time.time(), count=viewers, history=history)
     print_status(
-        f"{crowd.count} viewers, {rate:g} requests per second to {url}" + ("" if seconds else "; stop with Ctrl-C")
+        f"{crowd.count} viewers, {options.rate:g} requests per second to {options.url}"
+        + ("" if options.seconds else "; stop with Ctrl-C")
     )
 
     async def send() -> dict[str, Any]:
         with stderr_console.status("traffic") as status:
-            live = LiveTraffic(options, crowd, lambda report: status.update(_progress_line(report)))
-            for number in (signal.SIGINT, signal.SIGTERM):
-                asyncio.get_running_loop().add_signal_handler(number, live.stop)
+            live = LiveTraffic(options, crowd, lambda report: status.update(_progress_line(report)), signer=signer)
+            call_on_stop_signals(asyncio.get_running_loop(), live.stop)
             return await live.run()
 
     return asyncio.run(send())

@@ -69,7 +69,7 @@ class ServeEndpoint(_Model):
     """A Ray Serve without KubeRay. Ray's token is sent to hosts of this namespace and to trusted hosts only."""
 
     api: Annotated[str, Field(pattern=r"^https?://", max_length=512, description="base URL of the Ray dashboard")]
-    url: Annotated[str, Field(pattern=r"^https?://", max_length=512, description="base URL of the router")]
+    url: Annotated[str, Field(pattern=r"^https?://", max_length=512, description="base URL of the internal API")]
 
 
 class Backend(_Model):
@@ -233,7 +233,7 @@ class RolloutResource(BaseModel):
 
     @property
     def rollout_id(self) -> str:
-        """A unique id, unlike the name: it salts the buckets and labels the metrics."""
+        """A unique id, unlike the name: it labels the metrics and is in every impression token."""
         return f"{self.name}-{self.uid[:8]}"
 
     @property

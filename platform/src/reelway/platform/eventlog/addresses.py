@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from reelway.platform.errors import ConfigError
 from reelway.platform.eventlog.event_log import EventLog
+from reelway.platform.retention import HOUR_S, retention
 from reelway.platform.tls import TlsSettings
 
 KAFKA: Final = "kafka://"
@@ -41,7 +42,7 @@ def open_event_log(address: str | Path, clock: Callable[[], float] = time.time) 
             raise ConfigError(f"event log {text!r}: expected a path or kafka://host:port/topic")
         from reelway.platform.eventlog.sqlite_log import SqliteLog
 
-        return SqliteLog(Path(text), clock=clock)
+        return SqliteLog(Path(text), retain_s=retention().event_hours * HOUR_S, clock=clock)
     servers, _, topic = text.removeprefix(KAFKA).partition("/")
     if not servers or not topic or "/" in topic:
         raise ConfigError(f"event log {text!r}: expected kafka://host:port[,host:port]/topic")

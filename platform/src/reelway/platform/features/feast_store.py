@@ -16,6 +16,7 @@ import yaml
 from reelway.platform.atomic_files import atomic_file
 from reelway.platform.errors import FeatureError
 from reelway.platform.features.redis_address import ONLINE_STORE_VARIABLE, remember_password, without_password
+from reelway.platform.retention import DAY_S, retention
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -36,7 +37,8 @@ def online_store_config(address: str) -> dict[str, Any]:
         return {"type": "sqlite", "path": "online.db"}
     # skip_dedup: a materialisation writes complete rows of one time, so the last write is correct. Feast's check would
     # drop a corrected row of the same time.
-    return {"type": ONLINE_STORE, "address": without_password(address), "skip_dedup": True}
+    ttl_s = int(retention().online_row_days * DAY_S)
+    return {"type": ONLINE_STORE, "address": without_password(address), "skip_dedup": True, "key_ttl_seconds": ttl_s}
 
 
 def write_store_config(features_dir: Path, online_store: str | None = None) -> Path:

@@ -15,6 +15,7 @@ from typing import Literal
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.rollout.policy import Slice
+from reelway.platform.rollout.suspicion import Audience
 
 
 class EvidenceState(StrEnum):
@@ -28,9 +29,10 @@ class EvidenceState(StrEnum):
 class ArmStatistics:
     """Cumulative sums over an arm's viewers since the rollout began. A new step does not reset them.
 
-    Viewer i has totals ``x_i`` (impressions, each times ``sequential.overlap_weight`` of the traffic weights at that
-    time) and ``y_i`` (the measured quantity, times the same weight). For a ``mean`` metric ``x_i`` is 1. A viewer who
-    returns changes its own terms and adds no second one. ``viewers`` and ``impressions`` are plain counts.
+    Only viewers that are evidence count, with bounded totals (``serving.outcomes.viewer_sums``). Viewer i has totals
+    ``x_i`` (impressions, each times ``sequential.overlap_weight`` of the traffic weights at that time) and ``y_i``
+    (the measured quantity, times the same weight). For a ``mean`` metric ``x_i`` is 1. A viewer who returns changes
+    its own terms and adds no second one. ``viewers`` and ``impressions`` are plain counts.
     """
 
     viewers: float = 0.0
@@ -109,11 +111,15 @@ class EvidenceSnapshot:
     metrics: Mapping[tuple[str, Slice], MetricEvidence] = field(default_factory=dict)
     guardrails: Mapping[GuardrailName, GuardrailReading] = field(default_factory=dict)
     alerts: tuple[FiringAlert, ...] = ()
+    alerts_problem: str = ""
+    """Why alerts may fire that are not in ``alerts``; empty if all are known."""
     weights: Mapping[Arm, int] | None = None
     canary_ready: bool | None = None
     canary_failure: str = ""
     """The backend's reason why the canary will never be ready; empty while it may become ready."""
     shadow_requests: int = 0
+    audiences: Mapping[Arm, Audience] = field(default_factory=dict)
+    """The audiences of stable and canary; empty without viewers, or without evidence for the metrics either."""
 
 
 def metric_evidence(

@@ -7,6 +7,7 @@ ends neither a hold nor a deadline.
 
 from __future__ import annotations
 
+import secrets
 from enum import StrEnum
 from typing import Literal
 
@@ -60,6 +61,11 @@ class RolloutState(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     id: str
+    salt: str = Field(
+        default_factory=lambda: secrets.token_hex(16),
+        min_length=1,
+        description="salt of the viewer buckets; secret, because it tells which viewer ids get the canary",
+    )
     stable_release: str
     canary_release: str
     phase: Phase = Phase.PENDING

@@ -7,6 +7,8 @@ routing; this module sets only the limits that follow from the implementation.
 # No postponed annotations: Serve reads the builders' annotations to convert the config's arguments into models.
 
 import asyncio
+import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -26,6 +28,8 @@ from reelway.platform.features.viewer_memory import open_viewer_memory
 from reelway.platform.features.viewer_rows import ViewerRowReader
 from reelway.platform.rollout.traffic.serving_options import OutcomesArgs, ReleaseArgs, RouterArgs
 from reelway.platform.tokens import TokenSigner
+from reelway.platform.viewer_pseudonyms import use_secret
+from reelway.serving.access import InternalCredential, build_viewer_access, describe_access
 from reelway.serving.deployments.kept_log import KeptLog
 from reelway.serving.deployments.replica_logging import log_to_replica_file
 from reelway.serving.deployments.stages import (
@@ -54,8 +58,11 @@ from reelway.serving.parity_sample import ParitySampler
 from reelway.serving.release_loader import open_trusted
 from reelway.serving.release_pool import OpenRelease
 from reelway.serving.router import Router, RouterDependencies
+from reelway.serving.serve_settings import HAPROXY_VARIABLE
 from reelway.serving.takedown_follower import follow_takedowns
 from reelway.serving.token_secrets import read_token_secrets
+
+log = logging.getLogger(__name__)
 
 # A stage computes and never waits. With a higher limit, requests would queue inside one replica instead of going to
 # another.
@@ -87,6 +94,8 @@ class RouterDeployment(Router):
 
     def __init__(self, args: RouterArgs) -> None:
         log_to_replica_file()
+        secrets = read_token_secrets(args.token_secrets)
+        use_secret(secrets[0])
         store = open_feature_store(args.features_dir) if args.features_dir else None
         memory = open_viewer_memory(store) if store else None
         viewers = ViewerRowReader(store, memory=memory) if store else None
@@ -95,7 +104,7 @@ class RouterDeployment(Router):
             vectors = open_vector_log(args.vector_log, ratio=args.parity_ratio)
             sample = ParitySampler(vectors, ThreadPoolExecutor(1, thread_name_prefix="parity-sample"))
         parts = RouterDependencies(
-            signer=TokenSigner(*read_token_secrets(args.token_secrets)),
+            signer=TokenSigner(*secrets),
             registry=CollectorRegistry(),
             read_viewer=viewers.read_viewer if viewers else None,
             memory=memory,
@@ -108,12 +117,17 @@ class RouterDeployment(Router):
         if args.composition == "fused":
             shorten_switch_interval()
         self._args = args
+        behind_haproxy = os.environ.get(HAPROXY_VARIABLE) == "1"
+        self._access = build_viewer_access(
+            args.access, InternalCredential(secrets), self.record_key_fault, behind_haproxy=behind_haproxy
+        )
+        log.info("%s", describe_access(args.access))
         if args.events:
             topic_address(args.events, Topic.OUTCOMES)  # raises if the address is invalid; no log is opened yet
         self._takedowns = follow_takedowns(args.events, parts.registry) if args.events else None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_http_api(self)
+        return build_http_api(self, self._access)
 
     def close(self) -> None:
         """Stops what the replica runs and writes what is still queued; blocks."""
@@ -128,8 +142,11 @@ class RouterDeployment(Router):
         if self._dependencies.exposures is None and (open_log := self._log_opener()):
             parts = self._dependencies
             parts.exposures = ExposureWriter(partial(open_log, Topic.EXPOSURES), self.count_lost_exposure)
-            writer = EventLogWriter(partial(open_log, Topic.OUTCOMES))
-            parts.outcomes = OutcomeIntake(parts.signer, writer, IntakeMetrics(parts.registry), parts.memory)
+            counts = IntakeMetrics(parts.registry)
+            writer = EventLogWriter(partial(open_log, Topic.OUTCOMES), on_repeated=counts.repeated.inc)
+            parts.outcomes = OutcomeIntake(parts.signer, writer, counts, parts.memory)
+        if self._routing is None:
+            await self._access.prepare()
         await super().reconfigure(config)
 
     def _log_opener(self) -> Callable[[Topic], AppendLog] | None:
@@ -162,12 +179,15 @@ class OutcomesDeployment:
     def __init__(self, args: OutcomesArgs) -> None:
         log_to_replica_file()
         self._events = args.events
-        self._collector = OutcomeCollector(args.state, partial(open_topic, args.events))
+        self._credential = InternalCredential(read_token_secrets(args.token_secrets))
+        self._collector = OutcomeCollector(
+            args.state, partial(open_topic, args.events), require_authenticated=args.require_authenticated
+        )
         self._kept: dict[Topic, EventLog] = {}
         self._opening = Lock()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_outcomes_api(self._collector, self._close_log)
+        return build_outcomes_api(self._collector, self._credential, self._close_log)
 
     async def append(self, topic: Topic, records: Sequence[LogRecord]) -> list[int]:
         """Appends a router's records to the event log; returns when they are on disk."""

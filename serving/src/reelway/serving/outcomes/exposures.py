@@ -48,6 +48,7 @@ class SlateExposure:
     creator_id: NDArray[np.int64]
     topic: NDArray[np.int32]
     duration_ms: NDArray[np.int32]
+    authenticated: bool = False  # whether the viewer proved its identity
 
     def __len__(self) -> int:
         return len(self.video_id)
@@ -77,6 +78,7 @@ def exposure_rows(slates: Sequence[SlateExposure]) -> pa.RecordBatch:
         "arm": text([slate.arm.arm.value for slate in slates]),
         "rollout": text([slate.arm.rollout for slate in slates]),
         "weight": repeated("weight", np.float32),
+        "authenticated": repeated("authenticated", np.bool_),
         "source": dictionary_column([(joined("source"), SOURCES)]),
         "device": text([slate.device for slate in slates]),
         "region": text([slate.region for slate in slates]),

@@ -1,4 +1,7 @@
-"""``GET /v1/outcomes/metrics``: the sums of exposures and outcomes, for Prometheus or a direct scrape."""
+"""``GET /v1/outcomes/metrics``: the sums of exposures and outcomes, for Prometheus or a direct scrape.
+
+Only ``internal_api`` receives them. For everybody else the path does not exist.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,21 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from reelway.platform.contracts.api import ErrorResponse
-from reelway.serving.http_api import error_response
+from reelway.serving.access import InternalCredential
+from reelway.serving.access.middleware import InternalOnlyMiddleware
+from reelway.serving.http_api import error_response, not_found
 from reelway.serving.outcomes.collector import OutcomeCollector
 
 _PATH: Final = "/metrics"
 
 
-def build_outcomes_api(collector: OutcomeCollector, on_close: Callable[[], None] = lambda: None) -> FastAPI:
+def build_outcomes_api(
+    collector: OutcomeCollector, credential: InternalCredential, on_close: Callable[[], None] = lambda: None
+) -> FastAPI:
     """Builds the ASGI application. The collector follows the log while the application runs.
 
     Args:
+        credential: how the application recognises requests of the service itself.
         on_close: called when the application ends, after the collector was closed.
     """
 
@@ -35,6 +43,7 @@ def build_outcomes_api(collector: OutcomeCollector, on_close: Callable[[], None]
 
     api = FastAPI(title="Reelway outcome sums", version="1", lifespan=lifespan, openapi_url=None)
     api.add_middleware(_OnePath)
+    api.add_middleware(InternalOnlyMiddleware, credential=credential, hide=not_found)
 
     @api.get(_PATH, response_class=Response)
     async def metrics() -> Response:

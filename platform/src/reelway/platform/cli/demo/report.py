@@ -20,6 +20,7 @@ from reelway.platform.cli.terminal import progress, stdout_console
 from reelway.platform.contracts.events import OutcomeType
 from reelway.platform.errors import DataError, ServingError
 from reelway.platform.run_directory import RunDirectory
+from reelway.platform.viewer_pseudonyms import viewer_pseudonym
 
 SHOWN_VIEWERS = 3
 SHOWN_VIDEOS = 8
@@ -36,7 +37,7 @@ def print_demo_report(run: RunDirectory, url: str) -> None:
     new_viewer = int(pc.max(likes["viewer_id"]).as_py()) + 1_000_000
     _print_slate(new_viewer, likes, titles, _recommend(url, new_viewer, SHOWN_VIDEOS))
     _print_latency(url, viewers)
-    _print_next(run, url)
+    _print_next(run)
 
 
 def _likes(dataset: Path) -> pa.Table:
@@ -70,7 +71,9 @@ def _recommend(url: str, viewer: int, count: int) -> dict[str, Any]:
         timeout=30,
     )
     if not answer.is_success:
-        raise ServingError(f"POST {url}/v1/recommend for viewer {viewer}: {answer.status_code} {answer.text[:300]}")
+        raise ServingError(
+            f"POST {url}/v1/recommend for {viewer_pseudonym(viewer)}: {answer.status_code} {answer.text[:300]}"
+        )
     body: dict[str, Any] = answer.json()
     return body
 
@@ -112,14 +115,13 @@ def _print_latency(url: str, viewers: list[int]) -> None:
     )
 
 
-def _print_next(run: RunDirectory, url: str) -> None:
+def _print_next(run: RunDirectory) -> None:
     stdout_console.print(
         "\nnext\n"
         f"  {run.path}/steps/*.json        record of each step: configuration, seed, result\n"
         f"  {run.path}/evaluation/         ranking quality compared with baselines\n"
         f"  {run.path}/releases/           the signed releases\n"
-        f"  {url}/metrics                  Prometheus metrics (while the service runs: make demo KEEP=1)\n"
-        f"  {url}/openapi.json             the HTTP API\n"
+        f"  {run.path}/serving.json        addresses while it runs (make demo KEEP=1): /docs at internal_url\n"
         "  reelway --help                 all commands",
         highlight=False,
     )

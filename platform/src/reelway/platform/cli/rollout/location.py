@@ -42,6 +42,7 @@ class ServingRecord(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     url: str
+    internal_url: str
     pid: int
     release: str
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from prometheus_client import CollectorRegistry, generate_latest
 
 from reelway.platform.contracts.events import Arm
@@ -24,6 +26,12 @@ class ControllerMetrics:
             ["arm", "release"],
             registry,
         )
+        self.suspicion = gauge(
+            "reelway_rollout_suspicion",
+            "1 while the arms' audiences differ, so that viewers may be forged.",
+            ["kind"],
+            registry,
+        )
         self.decisions = counter("reelway_rollout_decisions_total", "Decisions by action.", ["kind"], registry)
         self.writes = counter(
             "reelway_rollout_traffic_writes_total", "Traffic targets written, by outcome.", ["outcome"], registry
@@ -33,6 +41,14 @@ class ControllerMetrics:
             "Failures by kind: observe, evidence, apply, poll, react, tick; of the operator also serve config, "
             "admission, finalizers, rankers.",
             ["kind"], registry,
+        )  # fmt: skip
+        self.unrecorded_rollbacks = counter(
+            "reelway_rollout_unrecorded_rollbacks_total",
+            "Rollbacks that were written to the traffic before they could be recorded.", [], registry,
+        )  # fmt: skip
+        self.cut_off = gauge(
+            "reelway_rollout_cut_off",
+            "1 while this operator cannot renew its Lease and may only roll back, else 0.", [], registry,
         )  # fmt: skip
         self.webhooks = counter("reelway_rollout_webhooks_total", "Webhook deliveries.", ["outcome"], registry)
         self.tick = histogram(
@@ -54,6 +70,12 @@ class ControllerMetrics:
         releases = {Arm.STABLE: state.stable_release, Arm.CANARY: state.canary_release, Arm.HOLDOUT: state.live_release}
         for arm, points in state.weights.items():
             self.weight.labels(arm.value, short_id(releases[arm])).set(points)
+
+    def set_suspicions(self, suspected: Mapping[str, bool]) -> None:
+        """Sets the gauges to the comparisons of the newest evidence; an empty one has no viewers to compare."""
+        self.suspicion.clear()
+        for name, is_suspected in suspected.items():
+            self.suspicion.labels(name).set(is_suspected)
 
     def render(self) -> bytes:
         """Returns all metrics in Prometheus' text format."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from reelway.platform.rollout.evidence import EvidenceSnapshot
 from reelway.platform.rollout.policy import RolloutPolicy
 from reelway.platform.rollout.sources.alertmanager import AlertmanagerClient
-from reelway.platform.rollout.sources.direct_scrape import DirectScrapeReader, service_url
+from reelway.platform.rollout.sources.direct_scrape import DirectScrapeReader, internal_url
 from reelway.platform.rollout.sources.monitoring_access import MonitoringAccess
 from reelway.platform.rollout.sources.parity_findings import ParityFindings, read_parity
 from reelway.platform.rollout.sources.prometheus_reader import PrometheusReader
@@ -55,7 +55,7 @@ def evidence_source(
         window_s: seconds that the guardrails look back.
     """
     reader: SeriesReader = (
-        PrometheusReader(prometheus, access=access) if prometheus else DirectScrapeReader(lambda: service_url(run))
+        PrometheusReader(prometheus, access=access) if prometheus else DirectScrapeReader(lambda: internal_url(run))
     )
     return SeriesEvidenceSource(reader, lambda: read_parity(run), window_s)
 

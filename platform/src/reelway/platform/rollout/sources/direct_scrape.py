@@ -37,10 +37,10 @@ _KEPT: Final = (*WINDOWED_SERIES, *CUMULATIVE_SERIES, names.SHADOW_REQUESTS)
 
 
 class DirectScrapeReader:
-    """Scrapes the two metrics endpoints of one service on ``read``.
+    """Scrapes the two metrics endpoints of one service's internal API on ``read``.
 
     Args:
-        address: returns the service's current URL; raises ServingError if it does not run.
+        address: returns the current URL of the internal API; raises ServingError if it does not run.
     """
 
     def __init__(
@@ -132,16 +132,16 @@ class DirectScrapeReader:
                 del self._recent[key]
 
 
-def service_url(run: RunDirectory) -> str:
-    """Returns the URL of a run's service, read on every use because a restart may change it.
+def internal_url(run: RunDirectory) -> str:
+    """Returns the URL of the internal API of a run's service, read on every use because a restart may change it.
 
     Raises:
         ServingError: if the run is not served.
     """
     path = run.path / "serving.json"
     try:
-        return str(json.loads(path.read_text())["url"]).rstrip("/")
+        return str(json.loads(path.read_text())["internal_url"]).rstrip("/")
     except FileNotFoundError:
         raise ServingError(f"{run.path} is not being served; start `reelway serve --run {run.path}`") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ServingError(f"{path} has no service URL ({error!r}); start `reelway serve` again") from error
+        raise ServingError(f"{path} has no URL of the internal API ({error!r}); start `reelway serve` again") from error

@@ -101,7 +101,12 @@ def _release_application(options: ServingOptions, release: str) -> dict[str, Any
 
 
 def _outcomes_application(options: ServingOptions, state: Path) -> dict[str, Any]:
-    args = OutcomesArgs(state=state, events=options.events or str(state.parent / "events"))
+    args = OutcomesArgs(
+        token_secrets=options.token_secrets,
+        state=state,
+        events=options.events or str(state.parent / "events"),
+        require_authenticated=options.access.on,
+    )
     return {
         "name": OUTCOMES,
         "route_prefix": _OUTCOMES_PREFIX,
@@ -125,6 +130,7 @@ def _router_application(options: ServingOptions, routing: Routing) -> dict[str, 
         max_ongoing_sustained=options.max_ongoing_sustained,
         events=options.events,
         log_keeper=OUTCOMES if options.outcomes and not options.events else None,
+        access=options.access,
     )
     router = _deployment("Router", options.deployments.router)
     return {

@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from reelway.platform.errors import ConfigError
+from reelway.platform.rollout.traffic.access_options import AccessOptions
 from reelway.platform.rollout.traffic.routing import Routing
 from reelway.platform.validation_errors import explain_problem
 
@@ -130,6 +131,8 @@ class RouterArgs(ReleaseStoreArgs):
         default=None, description="application that appends to its own event log for the routers, used without events"
     )
 
+    access: AccessOptions = AccessOptions()
+
     @model_validator(mode="after")
     def _sustained_limit_is_not_larger(self) -> Self:
         _check_queue_limits(self.max_ongoing_requests, self.max_ongoing_sustained)
@@ -139,8 +142,12 @@ class RouterArgs(ReleaseStoreArgs):
 class OutcomesArgs(_Options):
     """Arguments of the application that sums exposures and outcomes."""
 
+    token_secrets: Path | None = Field(default=None, description="as in RouterArgs")
     state: Path = Field(description="SQLite file with the sums; one process writes it")
     events: str = Field(description="address of the event log that is summed")
+    require_authenticated: bool = Field(
+        default=False, description="whether only viewers who proved their identity are evidence"
+    )
 
 
 class AutoscalingOptions(_Options):
@@ -226,6 +233,7 @@ class ServingOptions(_Options):
     max_ongoing_requests: int = Field(default=64, ge=1)
     max_ongoing_sustained: int | None = Field(default=None, ge=1)
     ranker_address: str | None = None
+    access: AccessOptions = AccessOptions()
     environment: dict[str, str] = Field(
         default_factory=lambda: {"OMP_NUM_THREADS": "1"}, description="environment of every replica"
     )
