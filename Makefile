@@ -27,18 +27,19 @@ export OPENBLAS_NUM_THREADS ?= 1
 help: ## List the targets.
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F':.*## ' '{printf "  %-20s %s\n", $$1, $$2}'
 
-$(STAMP): constraints.txt pyproject.toml platform/pyproject.toml pipelines/pyproject.toml serving/pyproject.toml
+$(STAMP): constraints-hashed.txt pyproject.toml platform/pyproject.toml pipelines/pyproject.toml serving/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Reelway needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
-	$(if $(filter cpu,$(TORCH)),$(BIN)/python infra/images/without_cuda.py excluded constraints.txt >$(VENV)/excluded.txt)
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --group dev \
+	$(BIN)/python infra/images/dependencies.py --hashed uv >$(VENV)/tools.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --requirement $(VENV)/tools.txt
+	$(if $(filter cpu,$(TORCH)),$(BIN)/python infra/images/without_cuda.py excluded constraints-hashed.txt >$(VENV)/excluded.txt)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints-hashed.txt --group dev \
 		$(if $(filter cpu,$(TORCH)),--excludes $(VENV)/excluded.txt) -e 'platform[cluster]' -e 'pipelines[kafka]' -e 'serving[rank-server]'
 	$(if $(filter cpu,$(TORCH)),$(BIN)/python infra/images/without_cuda.py link $(VENV)/lib/python3.*/site-packages)
 	@touch $@
 
 .PHONY: install
-install: $(STAMP) ## Create .venv and install the three members from constraints.txt (TORCH=cpu: without CUDA).
+install: $(STAMP) ## Create .venv and install the three members from constraints-hashed.txt (TORCH=cpu: without CUDA).
 
 .PHONY: system-packages
 system-packages: ## Install the servers that integration tests use (Debian or Ubuntu, as root); otherwise list the tests that will be skipped.
@@ -88,7 +89,7 @@ test-quick: install ## Run only the tests that need neither Ray nor a server (ab
 	$(BIN)/python -m pytest -m "not slow and not ray and not redis and not kafka and not cluster and not e2e"
 
 .PHONY: bench
-bench: bench-simulator bench-features bench-ray-train bench-serving bench-quality bench-closed-loop bench-canary bench-rollout bench-stream bench-parity bench-live bench-live-loop bench-hostile ## Run the benchmarks that need no cluster, one after another (hours), then write BENCHMARKS.md.
+bench: bench-simulator bench-features bench-ray-train bench-serving bench-quality bench-closed-loop bench-canary bench-rollout bench-stream bench-parity bench-live bench-live-loop bench-hostile bench-process-life ## Run the benchmarks that need no cluster, one after another (hours), then write BENCHMARKS.md.
 	$(MAKE) bench-report
 
 .PHONY: bench-simulator
@@ -138,6 +139,10 @@ bench-live: install ## Measure how soon outcomes, uploads, takedowns and trends 
 .PHONY: bench-live-loop
 bench-live-loop: install ## Compare watch time per viewer-day of a live and a frozen service over 7 simulated days (BENCH_LIVE_LOOP: flags).
 	$(BIN)/python -m tests.benchmarks.bench_live_loop $(BENCH_LIVE_LOOP)
+
+.PHONY: bench-process-life
+bench-process-life: install ## Measure how the service ends on SIGTERM and SIGINT to the process and to its group, 20 times each (an hour).
+	$(BIN)/python -m tests.benchmarks.bench_process_life $(BENCH_PROCESS_LIFE)
 
 .PHONY: bench-hostile
 bench-hostile: install ## Measure what hostile requests and slow clients cost honest viewers (6 minutes).
@@ -215,9 +220,24 @@ bench-alerts: $(if $(OWN_NODE),cluster-monitoring,install) ## Measure the time f
 	$(BIN)/python -m tests.benchmarks.bench_alerts
 
 .PHONY: constraints
-constraints: install ## Resolve requirements.in into constraints.txt.
+constraints: install ## Resolve requirements.in into constraints.txt, and its files' hashes into constraints-hashed.txt.
 	$(BIN)/uv pip compile requirements.in --output-file constraints.txt --universal --python-version 3.11 \
 		--no-annotate --no-header --no-emit-index-url --quiet --upgrade
+	$(BIN)/uv pip compile constraints.txt --no-deps --generate-hashes --output-file constraints-hashed.txt --universal \
+		--python-version 3.11 --no-annotate --no-header --no-emit-index-url --quiet --upgrade
+
+# Kept apart from .venv, because pip-audit pins libraries that Reelway uses in other versions.
+AUDIT := build/audit
+PIP_AUDIT ?= 2.10.1
+AUDIT_SOURCE ?= osv
+$(AUDIT)/.installed: $(STAMP) Makefile
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(AUDIT)
+	$(BIN)/uv pip install --quiet --python $(AUDIT)/bin/python 'pip-audit==$(PIP_AUDIT)'
+	@touch $@
+
+.PHONY: audit
+audit: $(AUDIT)/.installed ## Look up known vulnerabilities of all pinned packages (AUDIT_SOURCE: osv or pypi; needs the internet).
+	$(BIN)/python infra/images/audit.py --pip-audit $(AUDIT)/bin/pip-audit --source $(AUDIT_SOURCE) constraints-hashed.txt
 
 .PHONY: clean
 clean: ## Remove build output and caches; keep runs/ and .venv.

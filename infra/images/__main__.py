@@ -17,6 +17,7 @@ from build_context import IMAGES, REPOSITORY, copy_sources, image_name, version
 from builders import BuilderError, find_builder
 from debian_base import BASE_IMAGE, make_base
 from node_images import NODE_IMAGES, build_node_image
+from sbom import write_bill_of_materials
 
 _BEGAN = time.monotonic()
 
@@ -86,7 +87,7 @@ def main() -> int:
 
 
 def build_images(names: tuple[str, ...], tag: str, arguments: dict[str, str], out: Path) -> None:
-    """Builds each image, writes its archive into ``out`` and prints its size."""
+    """Builds each image and writes its archive, its bill of materials and its licences into ``out``."""
     builder = find_builder()
     print_progress(f"building with {builder.program}")
     out.mkdir(parents=True, exist_ok=True)
@@ -99,6 +100,8 @@ def build_images(names: tuple[str, ...], tag: str, arguments: dict[str, str], ou
             print_progress(f"{image} is built")
             builder.save(image, archive)
             print(f"{image}\t{archive}\t{archive.stat().st_size / 1e6:.0f} MB compressed", flush=True)
+            for path in write_bill_of_materials(builder, image, archive):
+                print(f"{image}\t{path}", flush=True)
 
 
 def _declared_args(arguments: dict[str, str], dockerfile: Path) -> dict[str, str]:

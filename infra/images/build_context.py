@@ -11,7 +11,7 @@ REPOSITORY: Final = Path(__file__).resolve().parents[2]
 IMAGES: Final = ("operator", "serving", "training")
 REGISTRY: Final = "reelway.local"
 """Registry name of images that are loaded into a node, never pulled."""
-_CONTEXT_PATHS: Final = ("platform", "serving", "pipelines", "feature_repo", "infra/images", "constraints.txt")
+_CONTEXT_PATHS: Final = ("platform", "serving", "pipelines", "feature_repo", "infra/images", "constraints-hashed.txt")
 _IGNORED: Final = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.tar", ".*", "decisions", "registry.db")
 
 

@@ -44,6 +44,22 @@ class Builder:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else ""
 
+    def run_program(self, image: str, program: Path) -> str:
+        """Runs a Python program inside an image, without a network, and returns what it prints.
+
+        Raises:
+            BuilderError: if the image cannot run, or the program fails.
+        """
+        if self.program != "buildah":
+            command = [self.program, "run", "--rm", "--interactive", "--network", "none", "--entrypoint", "python3"]
+            return _read([*command, image, "-"], program.read_text())
+        container = _read(["buildah", "from", "--pull-never", image]).strip()
+        try:
+            command = ["buildah", "run", "--isolation", "chroot", "--terminal=false", container, "--", "python3", "-"]
+            return _read(command, program.read_text())
+        finally:
+            _read(["buildah", "rm", container])
+
     def save(self, image: str, archive: Path) -> None:
         """Writes an archive for ``ctr images import`` and ``docker load``, unless it exists with the same content.
 
@@ -110,3 +126,10 @@ def _run(command: list[str]) -> None:
     done = subprocess.run(command, check=False)
     if done.returncode != 0:
         raise BuilderError(f"{' '.join(command)} ended with {done.returncode}")
+
+
+def _read(command: list[str], stdin: str = "") -> str:
+    done = subprocess.run(command, input=stdin, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise BuilderError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
+    return done.stdout

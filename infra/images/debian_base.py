@@ -15,7 +15,7 @@ BASE_IMAGE: Final = "reelway.local/base:bookworm"
 _PACKAGES: Final = ("python3", "python3-venv", "ca-certificates")
 _NOT_NEEDED: Final = (
     "var/cache/apt", "var/lib/apt/lists", "var/log", "debootstrap",
-    "usr/share/doc", "usr/share/info", "usr/share/locale", "usr/share/man",
+    "usr/share/info", "usr/share/locale", "usr/share/man",
 )  # fmt: skip
 
 
@@ -39,6 +39,7 @@ def make_base(builder: Builder, out: Path, mirror: str | None, say: Callable[[st
             raise BuilderError(f"debootstrap ended with {done.returncode}: {done.stdout[-2000:]}")
         for path in _NOT_NEEDED:
             shutil.rmtree(root / path, ignore_errors=True)
+        keep_copyright_files(root / "usr" / "share" / "doc")
         # The image must not refer to the mirror of the build machine.
         (root / "etc" / "apt" / "sources.list").unlink(missing_ok=True)
         (root / "etc" / "resolv.conf").unlink(missing_ok=True)
@@ -49,6 +50,13 @@ def make_base(builder: Builder, out: Path, mirror: str | None, say: Callable[[st
         subprocess.run(["tar", "-C", str(root), "--numeric-owner", "-cf", str(archive), "."], check=True)
         builder.build(Path(__file__).with_name("base.Dockerfile"), archive.parent, BASE_IMAGE, {})
         say(f"{BASE_IMAGE} is built")
+
+
+def keep_copyright_files(documents: Path) -> None:
+    """Deletes Debian's documentation, except the licences that must be distributed with the programs."""
+    for path in documents.rglob("*"):
+        if path.name != "copyright" and not path.is_dir():  # a package may link to the folder of another one
+            path.unlink()
 
 
 def _bootstrap(folder: Path) -> Path:

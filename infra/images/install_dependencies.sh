@@ -1,7 +1,9 @@
 #!/bin/sh
-# `tools`: pip and uv into /build/pip. Any other word is a list, /opt/reelway/WORD.txt, that goes into /opt/reelway at the
-# versions of constraints.txt, without the packages of /build/excluded.txt where there is such a file. Secrets of a build:
-# `ca`, certificates of the index; `pip`, a pip.conf whose indexes uv is told, too.
+# `tools`: hatchling and uv into /build/pip. Any other word is a list, /opt/reelway/WORD.txt, that goes into /opt/reelway,
+# without the packages of /build/excluded.txt if that file exists. Versions and SHA-256 of every file are those of
+# constraints-hashed.txt: pip demands them for the tools, uv compares each package that the file names, and the
+# build fails if a package is installed that it does not name. Secrets of a build: `ca`, certificates of the index; `pip`, a pip.conf
+# whose indexes uv uses as well.
 set -eu
 pip=/build/pip/bin/pip
 if [ -s /run/secrets/ca ]; then
@@ -13,7 +15,9 @@ if [ -s /run/secrets/pip ]; then
     if more=$($pip config get global.extra-index-url 2>/dev/null); then export UV_INDEX="$more"; fi
 fi
 if [ "$1" = tools ]; then
-    exec $pip install -q -c constraints.txt hatchling uv
+    # pip fails if a tool requires a package that is not listed here.
+    python3 dependencies.py --hashed hatchling packaging pathspec pluggy tomlkit trove-classifiers uv >tools.txt
+    exec $pip install -q --require-hashes -r tools.txt
 fi
 if [ ! -s "/opt/reelway/$1.txt" ]; then
     echo "install_dependencies.sh $1: expected tools, or the name of a list in /opt/reelway" >&2
@@ -23,4 +27,5 @@ if [ -s /build/excluded.txt ]; then export UV_EXCLUDE=/build/excluded.txt; fi
 # Compiled here, since a pod cannot write beside the sources: its root file system is read-only.
 cd /opt/reelway
 UV_CACHE_DIR=/var/cache/uv UV_LINK_MODE=copy /build/pip/bin/uv pip install -q --compile-bytecode \
-    --python bin/python -c constraints.txt -r "$1.txt"
+    --python bin/python -c constraints-hashed.txt -r "$1.txt"
+/build/pip/bin/uv pip freeze -q --python bin/python | python3 /build/dependencies.py --check

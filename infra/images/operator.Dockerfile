@@ -7,7 +7,7 @@ FROM ${BASE} AS installer
 WORKDIR /build
 RUN python3 -m venv /build/pip && python3 -m venv --without-pip /opt/reelway \
     && echo /opt/members > "$(echo /opt/reelway/lib/python3.*/site-packages)/members.pth"
-COPY constraints.txt infra/images/dependencies.py infra/images/install_dependencies.sh ./
+COPY constraints-hashed.txt infra/images/dependencies.py infra/images/install_dependencies.sh ./
 ENV PIP_CACHE_DIR=/var/cache/pip PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN --mount=type=cache,id=reelway-pip,target=/var/cache/pip \
     --mount=type=secret,id=ca,required=false \
@@ -15,7 +15,7 @@ RUN --mount=type=cache,id=reelway-pip,target=/var/cache/pip \
     sh install_dependencies.sh tools
 COPY platform/pyproject.toml platform/
 ARG MEMBERS="platform[cluster,kafka,s3]"
-RUN python3 dependencies.py ${MEMBERS} > requirements.txt && cp requirements.txt constraints.txt /opt/reelway/
+RUN python3 dependencies.py ${MEMBERS} > requirements.txt && cp requirements.txt constraints-hashed.txt /opt/reelway/
 
 FROM installer AS members
 COPY platform/ platform/
@@ -24,7 +24,7 @@ RUN pip/bin/pip wheel -q --no-deps --no-build-isolation --no-index --wheel-dir w
 
 FROM ${BASE}
 RUN echo 'reelway:x:10001:10001::/tmp:/usr/sbin/nologin' >> /etc/passwd && echo 'reelway:x:10001:' >> /etc/group
-# The large layer. It changes only with constraints.txt and the members' requirements.
+# The large layer. It changes only with constraints-hashed.txt and the members' requirements.
 COPY --from=installer /opt/reelway /opt/reelway
 RUN --mount=type=bind,from=installer,source=/build,target=/build \
     --mount=type=cache,id=reelway-uv,target=/var/cache/uv \

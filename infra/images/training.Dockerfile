@@ -7,7 +7,7 @@ FROM ${BASE} AS installer
 WORKDIR /build
 RUN python3 -m venv /build/pip && python3 -m venv --without-pip /opt/reelway \
     && echo /opt/members > "$(echo /opt/reelway/lib/python3.*/site-packages)/members.pth"
-COPY constraints.txt infra/images/dependencies.py infra/images/install_dependencies.sh infra/images/without_cuda.py ./
+COPY constraints-hashed.txt infra/images/dependencies.py infra/images/install_dependencies.sh infra/images/without_cuda.py ./
 ENV PIP_CACHE_DIR=/var/cache/pip PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN --mount=type=cache,id=reelway-pip,target=/var/cache/pip \
     --mount=type=secret,id=ca,required=false \
@@ -19,12 +19,12 @@ COPY pipelines/pyproject.toml pipelines/
 # Up to here and for the `shared` layer, serving and training have the same lines, so that a node builds, stores and pulls
 # the shared packages once.
 RUN python3 dependencies.py serving platform[s3] --shared-with pipelines platform[s3] > shared.txt \
-    && cp shared.txt constraints.txt /opt/reelway/
+    && cp shared.txt constraints-hashed.txt /opt/reelway/
 ARG MEMBERS="pipelines[kafka] platform[s3]"
 RUN python3 dependencies.py ${MEMBERS} > requirements.txt
 # `cpu` leaves out the packages for GPUs.
 ARG TORCH=cuda
-RUN if [ "${TORCH}" = cpu ]; then python3 without_cuda.py excluded constraints.txt > excluded.txt; fi
+RUN if [ "${TORCH}" = cpu ]; then python3 without_cuda.py excluded constraints-hashed.txt > excluded.txt; fi
 
 FROM installer AS members
 COPY platform/ platform/
@@ -34,7 +34,7 @@ RUN pip/bin/pip wheel -q --no-deps --no-build-isolation --no-index --wheel-dir w
 
 FROM ${BASE}
 RUN echo 'reelway:x:10001:10001::/tmp:/usr/sbin/nologin' >> /etc/passwd && echo 'reelway:x:10001:' >> /etc/group
-# Large layers. They change only with constraints.txt and the members' requirements.
+# Large layers. They change only with constraints-hashed.txt and the members' requirements.
 COPY --from=installer /opt/reelway /opt/reelway
 RUN --mount=type=bind,from=installer,source=/build,target=/build \
     --mount=type=cache,id=reelway-uv,target=/var/cache/uv \

@@ -117,6 +117,11 @@ BENCHMARKS: Final = (
         "make bench-rollout",
     ),
     Benchmark(
+        "process_life",
+        "How `reelway serve` ends on SIGTERM and SIGINT, sent to the process and to its group.",
+        "make bench-process-life",
+    ),
+    Benchmark(
         "e2e",
         "Installation, rollouts, killed pods, upgrades and uninstallation on a real Kubernetes node.",
         "make e2e",

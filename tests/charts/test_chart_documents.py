@@ -19,6 +19,7 @@ from reelway.platform.cli.main import build_app
 from reelway.platform.cluster.operator_settings import OperatorSettings
 from reelway.platform.cluster.ray_service import OPTIONS_DIGEST
 from reelway.platform.cluster.serve_config_reconciler import OPTIONS_KEY, OPTIONS_SUFFIX, digest_of
+from reelway.platform.features.feast_store import online_store_config, write_store_config
 from reelway.platform.rollout.policy import default_policy
 from reelway.platform.rollout.rules import canary_rules
 from reelway.platform.rollout.traffic.routing import Routing
@@ -172,10 +173,19 @@ def test_feast_config_contains_no_password() -> None:
     config = yaml.safe_load(
         named(rendered("dev", "redis-external"), "ConfigMap", "-features")["data"]["feature_store.yaml"]
     )
-    assert config["online_store"]["type"] == "redis"
-    host, password, *options = config["online_store"]["connection_string"].split(",")
-    assert (host, password) == ("redis.test:6379", "password=${REDIS_PASSWORD}")
-    assert "ssl=true" in options
+    assert config["online_store"] == online_store_config("rediss://redis.test:6379/0")
+
+
+def test_feast_config_names_the_stores_of_a_run(tmp_path: Path) -> None:
+    """The pods' file and the one that a features job writes open the same kinds of stores in the same way."""
+    chart = yaml.safe_load(
+        named(rendered("dev", "redis-external"), "ConfigMap", "-features")["data"]["feature_store.yaml"]
+    )
+    run = yaml.safe_load(write_store_config(tmp_path, "rediss://redis.test:6379").read_text())
+    assert chart["offline_store"] == run["offline_store"]
+    assert chart["entity_key_serialization_version"] == run["entity_key_serialization_version"]
+    assert chart["online_store"] == run["online_store"]
+    assert chart.keys() == run.keys()
 
 
 def parity_container(found: tuple[Document, ...]) -> Document | None:

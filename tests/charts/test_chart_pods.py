@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import yaml
 from tests.support.charts.chart_tool import COMBINATIONS, ENVIRONMENT_FILES, Document, named, rendered
 
 # Environment variables with these words must refer to a Secret.
@@ -68,7 +69,8 @@ def test_every_container_has_resources_with_a_pinned_image(environment: str, com
             assert "@sha256:" in image or (image.rpartition(":")[2] not in ("", "latest") and ":" in image), image
             assert {mount["name"] for mount in container["volumeMounts"]} <= mounts, where
             for variable in container.get("env", ()):
-                if any(word in variable["name"] for word in SECRET_WORDS):
+                is_path = variable.get("value", "").startswith("/etc/reelway/tls/")
+                if any(word in variable["name"] for word in SECRET_WORDS) and not is_path:
                     assert "secretKeyRef" in variable.get("valueFrom", {}), (where, variable)
 
 
@@ -189,6 +191,41 @@ def test_job_kinds_inherit_the_defaults() -> None:
     assert jobs["train"]["spec"]["activeDeadlineSeconds"] == 21600  # its own
     head = jobs["features"]["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
     assert head["resources"]["limits"] == {"cpu": "2", "memory": "4Gi"}
+
+
+def job_pods(kind: str) -> Iterator[tuple[str, Document]]:
+    """(role, specification) of every pod of a job."""
+    (job,) = [
+        one
+        for one in rendered("production-cpu", "jobs")
+        if one["kind"] == "RayJob" and one["metadata"]["labels"]["reelway.dev/job"] == kind
+    ]
+    cluster = job["spec"]["rayClusterSpec"]
+    yield "head", cluster["headGroupSpec"]["template"]["spec"]
+    yield "worker", cluster["workerGroupSpecs"][0]["template"]["spec"]
+    yield "submitter", job["spec"]["submitterPodTemplate"]["spec"]
+
+
+def test_head_of_a_release_job_alone_mounts_the_signing_key() -> None:
+    found = {
+        (kind, role): yaml.safe_dump(pod).count("signing")
+        for kind in ("dataset", "features", "train", "evaluate", "release")
+        for role, pod in job_pods(kind)
+    }
+    assert {pod for pod, count in found.items() if count} == {("release", "head"), ("release", "submitter")}
+    (submitter,) = [pod for role, pod in job_pods("release") if role == "submitter"]
+    assert [volume["name"] for volume in submitter["volumes"]] == ["tmp"]  # it names the path of the key, no more
+    elsewhere = [one for one in rendered("production-cpu", "jobs") if one["kind"] not in ("RayJob", "ConfigMap")]
+    assert not [where for one in elsewhere for where, pod in pods(one) if "secretName: signing" in yaml.safe_dump(pod)]
+
+
+def test_jobs_do_not_know_the_ray_token_of_the_service() -> None:
+    jobs = [one for one in rendered("production-cpu", "jobs") if one["kind"] == "RayJob"]
+    service = named(rendered("production-cpu", "jobs"), "RayService")["spec"]["rayClusterConfig"]
+    assert service["authOptions"] == {"mode": "token", "secretName": "reelway-secrets"}
+    for job in jobs:
+        assert job["spec"]["rayClusterSpec"]["authOptions"] == {"mode": "token"}  # KubeRay creates one for each job
+        assert "auth_token" not in yaml.safe_dump(job)
 
 
 def test_secret_generator_may_only_create_secrets() -> None:

@@ -117,7 +117,7 @@ def healthy_live_parts() -> Series:
         "reelway_ingress_key_faults_total",
         "reelway_outcomes_memory_failures_total",
         "reelway_outcomes_memory_lost_total", "reelway_catalogue_faults_total", "reelway_uploads_faults_total",
-        "reelway_uploads_unrepaired_total",
+        "reelway_uploads_unrepaired_total", "reelway_outcomes_dropped_arms_total",
     )  # fmt: skip
     return {
         **{name: level(2) for name in ages},
@@ -149,6 +149,7 @@ FAULTS: Final[list[tuple[str, Mapping[str, list[float]], int]]] = [
     ("ReelwayEventLogUnreadable", {
         'reelway_outcomes_unreadable_records_total{source="exposures"}': grows(0, 1)
     }, 6),
+    ("ReelwayArmsNotCounted", {"reelway_outcomes_dropped_arms_total": grows(0, 1)}, 6),
     ("ReelwayTakedownsNotEverywhere", {'reelway_takedowns_age_seconds{pod="worker"}': level(2, 30)}, 6),
     ("ReelwayTakedownsUnreadable", {"reelway_takedowns_unreadable_total": grows(0, 1)}, 6),
     ("ReelwayUploadsBehind", {"reelway_uploads_age_seconds": level(2, 90)}, 6),

@@ -183,19 +183,21 @@ def test_bounded_history_keeps_the_deciding_evidence(api: KubeApi, kubectl: Kube
 
 
 def test_only_alerts_about_the_rollout_are_stored(api: KubeApi, kubectl: Kubectl) -> None:
-    store, _ = started_rollout(api, kubectl)
+    store, before = started_rollout(api, kubectl)
 
-    def alert(release: str, starts_at: float) -> KnownAlert:
+    def alert(release: str, starts_at: float, rollout_id: str) -> KnownAlert:
         labels = (("alertname", "a"), ("release", release))
-        return KnownAlert(group_key="g", labels=labels, starts_at=starts_at, resolved=False, summary="s")
+        return KnownAlert(
+            group_key="g", labels=labels, starts_at=starts_at, resolved=False, summary="s", rollout=rollout_id
+        )
 
-    mine = alert(GOOD[:12], 6)
-    alerts = {one.key: one for one in (mine, alert(GOOD, 4), alert("f" * 64, 6))}
+    mine = alert(GOOD[:12], 6, before.state.id)
+    alerts = {one.key: one for one in (mine, alert(GOOD, 7, "r-0"), alert("f" * 64, 6, before.state.id))}
     store.replace_alerts(alerts)
     assert store.alerts() == command_store(api).alerts() == {mine.key: mine}
-    before = kubectl.read("one")["metadata"]["resourceVersion"]
+    version = kubectl.read("one")["metadata"]["resourceVersion"]
     store.replace_alerts(alerts)
-    assert kubectl.read("one")["metadata"]["resourceVersion"] == before
+    assert kubectl.read("one")["metadata"]["resourceVersion"] == version
 
 
 def test_reconcile_is_written_only_if_its_outcome_changed(api: KubeApi, kubectl: Kubectl) -> None:

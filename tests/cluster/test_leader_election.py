@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +40,21 @@ class VirtualTime(threading.Event):
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
+        self._due = float("inf")
 
     def __call__(self) -> float:
         return self.now
 
     def wait(self, timeout: float | None = None) -> bool:
         self.now += timeout or 0.0
+        if self.now >= self._due:
+            self._due = float("inf")
+            self._call()
         return self.is_set()
+
+    def later(self, after_s: float, call: Callable[[], object]) -> None:
+        """Calls ``call`` in a wait that ends ``after_s`` seconds from now or later."""
+        self._due, self._call = self.now + after_s, call
 
 
 class HangingApi(KubeApi):
@@ -100,9 +108,42 @@ def test_hanging_api_server_ends_the_lease_at_its_deadline() -> None:
     assert elector.try_acquire_or_renew()
     api.hangs = True
     lost: list[float] = []
-    elector.renew_until(clock, lambda: lost.append(clock()))
-    assert len(api.timeouts_s) >= 2, "one hanging request must leave time for another attempt"
-    assert lost == [pytest.approx(DEADLINE_S, abs=0.2)]
+    changes: list[tuple[bool, float]] = []
+
+    def cut_off(now: bool) -> None:
+        changes.append((now, clock()))
+        if len(changes) == 1:
+            assert len(api.timeouts_s) >= 2, "one hanging request must leave time for another attempt"
+            with pytest.raises(RolloutError, match="traffic not written: lease it"):
+                elector.require_valid()
+        elector.require_last_holder()
+        clock.set() if not now else clock.later(20.0, lambda: setattr(api, "hangs", False))
+
+    elector.renew_until(clock, lambda: lost.append(clock()), cut_off)
+    assert lost == []
+    assert changes[0][0] is True
+    assert changes[0][1] == pytest.approx(DEADLINE_S, abs=0.2)
+    assert changes[1][0] is False
+    elector.require_valid()
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_holder_that_was_cut_off_ends_if_another_has_held_the_lease(api: KubeApi, *, released: bool) -> None:
+    clock = VirtualTime()
+    first = LeaderElector(api, "it", "a", duration_s=DURATION_S, clock=clock)
+    second = LeaderElector(api, "it", "b", duration_s=DURATION_S, clock=clock)
+    assert first.try_acquire_or_renew()
+    assert not second.try_acquire_or_renew()
+    clock.now = DURATION_S + 1
+    first.require_last_holder()
+    assert second.try_acquire_or_renew()
+    if released:
+        second.release()
+    lost: list[float] = []
+    first.renew_until(clock, lambda: lost.append(clock()))
+    assert len(lost) == 1
+    with pytest.raises(RolloutError, match="a is not the last holder of lease"):
+        first.require_last_holder()
 
 
 def test_lease_is_valid_until_its_deadline(api: KubeApi) -> None:

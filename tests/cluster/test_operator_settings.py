@@ -31,7 +31,7 @@ def test_file_sets_nested_values_over_the_defaults(tmp_path: Path) -> None:
     settings = load(tmp_path, document, identity="operator-0")
     assert (settings.prometheus.url, settings.prometheus.labels) == ("http://p:9090", {"cluster": "a"})
     assert (settings.lease.name, settings.lease.duration_s, settings.identity) == ("mine", 10.0, "operator-0")
-    assert (settings.webhook.host, settings.webhook.port) == ("0.0.0.0", 8080)
+    assert (settings.webhook.host, settings.webhook.port) == ("*", 8080)
 
 
 def test_empty_file_means_defaults(tmp_path: Path) -> None:

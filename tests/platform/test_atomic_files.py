@@ -192,3 +192,15 @@ def test_killed_process_leaves_only_hidden_files(tmp_path: Path, sent: int, litt
     hidden = [name for name in names(tmp_path) if name.startswith(".")]
     assert len(hidden) == litter  # nothing can clean up after SIGKILL, but the leftovers are hidden
     assert [name for name in names(tmp_path) if not name.startswith(".")] == ["folder"]
+
+
+def test_folder_of_a_killed_writer_is_removed_by_a_later_one(tmp_path: Path) -> None:
+    left, young, other = (tmp_path / name for name in (".folder.abandoned", ".folder.in-use", ".other.abandoned"))
+    for path in (left, young, other):
+        path.mkdir()
+        (path / "half").write_text("half")
+    for path in (left, other):
+        os.utime(path, (1.0, 1.0))
+    with atomic_directory(tmp_path / "folder"):
+        pass
+    assert names(tmp_path) == [".folder.in-use", ".other.abandoned", "folder"]

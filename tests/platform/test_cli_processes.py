@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from reelway.platform.cli.demo.demo_command import DataChoice, DemoOptions, exclusive_run_lock, offline_steps
-from reelway.platform.cli.processes import child_process, run_command
+from reelway.platform.cli.processes import ChildProcesses, child_process, run_command, terminate_process_group
 from reelway.platform.errors import CommandFailedError, ConfigError
 from reelway.platform.run_directory import RunDirectory
 
@@ -23,7 +23,9 @@ WITH_STUBBORN_GRANDCHILD = """
 import pathlib, signal, subprocess, sys, time
 ignore = "import signal, time; [signal.signal(n, signal.SIG_IGN) for n in (2, 15)]; "
 stubborn = ignore + "print('up', flush=True); time.sleep(600)"
-grandchild = subprocess.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE)
+own = sys.argv[2] == "its own session"
+grandchild = subprocess.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE, start_new_session=own)
+[signal.signal(number, signal.SIG_IGN) for number in (2, 15)]
 grandchild.stdout.readline()
 pathlib.Path(sys.argv[1]).write_text(str(grandchild.pid))
 time.sleep(600)
@@ -43,15 +45,42 @@ def is_gone(pid: int) -> bool:
     return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
-def test_grandchild_that_ignores_signals_is_killed_with_its_group(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("reelway.platform.cli.processes.TERMINATION_GRACE_S", 0.5)
+@pytest.mark.parametrize("session", ["its group", "its own session"])
+def test_grandchild_that_ignores_signals_is_killed(tmp_path: Path, session: str) -> None:
     note = tmp_path / "pid"
-    with child_process([sys.executable, "-c", WITH_STUBBORN_GRANDCHILD, str(note)]) as process:
+    command = [sys.executable, "-c", WITH_STUBBORN_GRANDCHILD, str(note), session]
+    with child_process(command, limit_s=0.5) as process:
         grandchild = wait_for(note)
     assert process.returncode is not None
-    assert is_gone(grandchild)
+    deadline = time.monotonic() + DEADLINE_S
+    while not is_gone(grandchild):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_children_are_terminated_together(tmp_path: Path) -> None:
+    """Three children that take half a second each end within less than the sum."""
+    slow = (
+        "import pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), sys.exit(0)))\n"
+        "pathlib.Path(sys.argv[1]).write_text('1')\n"
+        "time.sleep(600)\n"
+    )
+    with ChildProcesses() as children:
+        processes = [children.start([sys.executable, "-c", slow, str(tmp_path / str(number))]) for number in range(3)]
+        for number in range(3):
+            wait_for(tmp_path / str(number))
+        began = time.monotonic()
+    assert time.monotonic() - began < 1.4
+    assert [process.returncode for process in processes] == [0, 0, 0]
+
+
+def test_children_that_are_left_running_survive_the_block() -> None:
+    with ChildProcesses() as children:
+        process = children.start([sys.executable, "-c", "import time; time.sleep(600)"])
+        children.leave_running()
+    assert process.poll() is None
+    terminate_process_group(process)
 
 
 def test_child_output_is_written_to_its_log(tmp_path: Path) -> None:
@@ -101,9 +130,9 @@ def test_signal_to_the_demo_terminates_the_current_step(tmp_path: Path, number: 
     demo = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
         deadline = time.monotonic() + DEADLINE_S
-        while not (step := psutil.Process(demo.pid).children()) and time.monotonic() < deadline:
+        while len(step := psutil.Process(demo.pid).children(recursive=True)) < 2 and time.monotonic() < deadline:
             time.sleep(0.02)
-        assert step, "the demo started no step"
+        assert len(step) >= 2, "the demo started no step"
         os.kill(demo.pid, number)
         assert demo.wait(60) in (130, 143)
         assert all(is_gone(child.pid) for child in step)

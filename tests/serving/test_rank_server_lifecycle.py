@@ -10,6 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from tests.support.process_life import SIGNALS, marked_command, printed
 from tests.support.serving.open_inference_requests import HEADER, INFER, binary_request, messages, post, rpc
 from tests.support.serving.rank_server import (
     ReleaseFixture,
@@ -127,3 +128,16 @@ def test_overloaded_server_rejects_requests_with_429(release_fixture: ReleaseFix
         assert set(statuses) == {200, 429}
         assert server.metric("reelway_ranking_server_requests_total", outcome="busy") == statuses.count(429)
         assert server.metric("reelway_ranking_server_under_way_requests") == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "group"), SIGNALS)
+def test_rank_server_ends_in_time_without_leftovers(
+    release_fixture: ReleaseFixture, tmp_path: Path, number: signal.Signals, group: bool
+) -> None:
+    command = rank_server_command(release_fixture.folder)
+    with marked_command(command, tmp_path / "log", printed("ranking with release")) as server:
+        assert len(server.ports()) == 2
+        ending = server.stop(number, group=group)
+        assert ending.clean, (ending, server.log.read_text())
+        assert ending.code == 0

@@ -17,7 +17,7 @@ from tests.support.serving.rank_server import ReleaseFixture, make_release
 from reelway.platform.errors import DigestMismatchError, ReleaseNotFoundError
 from reelway.serving.open_inference.errors import DeadlineExceededError, ServerBusyError
 from reelway.serving.open_inference.ranker_service import LoadedRanker, RankerService
-from reelway.serving.open_inference.rest_server import RequestFilter, create_listener
+from reelway.serving.open_inference.rest_server import RequestFilter, create_rest_listener
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
 @contextlib.asynccontextmanager
 async def filtered(service: RankerService, **limits: Any) -> AsyncIterator[int]:
     """Serves ``echo`` behind the filter and yields the port."""
-    listener = create_listener("127.0.0.1", 0)
+    listener = create_rest_listener("127.0.0.1", 0)
     config = uvicorn.Config(
         RequestFilter(echo, service, **{"max_bytes": 1000, "body_timeout_s": 0.5, **limits}),
         log_config=None, lifespan="off",

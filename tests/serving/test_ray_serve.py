@@ -37,12 +37,14 @@ from reelway.platform.features.viewer_memory import MEMORY_FILE
 from reelway.platform.features.viewer_memory_local import LocalViewerMemory
 from reelway.platform.features.viewer_memory_sqlite import SqliteViewerMemory
 from reelway.platform.features.viewer_rows import ViewerRowReader
+from reelway.platform.features.watched_filter import FILTER_BYTES, generation_at
 from reelway.platform.rollout import metric_names
 from reelway.platform.rollout.traffic.bucketing import bucket_of
 from reelway.platform.rollout.traffic.routing import ArmRoute, Routing, ShadowRoute
 from reelway.platform.rollout.traffic.serve_rest import ServeRestBackend
 from reelway.platform.rollout.traffic.target import TrafficTarget
 from reelway.platform.run_directory import RunDirectory
+from reelway.platform.viewer_pseudonyms import use_secret_of_run, viewer_pseudonym
 from reelway.serving.serve_settings import SERVE_SETTINGS, SLOW_REQUEST_S
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(300)]
@@ -252,6 +254,27 @@ def test_router_logs_a_failed_stage_to_its_file(service: Running) -> None:
     failed = [line for line in log.read_text().splitlines() if "stage failed, fallback used: stage=ranking" in line]
     assert failed
     assert all(re.match(r"\S+ \S+ WARNING reelway\.serving\.stage_runner: stage failed", line) for line in failed)
+
+
+def test_logs_of_all_processes_show_no_viewer_id(service: Running) -> None:
+    """The viewer's memory is damaged, so that every router writes about the viewer."""
+    viewer = 7_777_777_777_777_777
+    memory = SqliteViewerMemory(service.run / "features" / MEMORY_FILE)
+    with memory._written.writing() as db:
+        damaged = [viewer, generation_at(time.time()), bytes(FILTER_BYTES + 1)]
+        db.execute("INSERT INTO watched VALUES (?, ?, ?)", damaged)
+    memory.close()
+    assert service.ask(viewer=viewer)["videos"]
+    router = Path(f"/proc/{service.replica_of('Router').pid}/fd/2").resolve()
+    use_secret_of_run(service.run / "keys")
+    deadline = time.monotonic() + 10
+    while viewer_pseudonym(viewer) not in router.read_text():
+        assert time.monotonic() < deadline, router.read_text()[-2_000:]
+        time.sleep(0.1)
+    logs = [path for path in router.parent.rglob("*") if path.is_file()]
+    logs += [path for path in service.run.rglob("*.log") if path.is_file()]
+    assert len(logs) > 5
+    assert [path for path in logs if str(viewer).encode() in path.read_bytes()] == []
 
 
 def test_release_change_under_load_fails_no_request(

@@ -124,7 +124,14 @@
 {{- if and $v.serving.httpRoute.enabled (not $v.serving.httpRoute.parentRefs) }}
 {{- include "reelway.fail" (dict "path" "serving.httpRoute.parentRefs" "saw" list "expected" "at least one Gateway, because serving.httpRoute.enabled is true") }}
 {{- end }}
-{{- range $path, $env := dict "serving.env" $v.serving.env "operator.env" $v.operator.env }}
+{{- /* The operator refuses this too: a token must not leave the cluster in clear text. */}}
+{{- range $name := list "prometheus" "alertmanager" }}
+{{- $url := get $v.operator (printf "%sUrl" $name) }}
+{{- if and (get $v.operator (printf "%sAccess" $name)).tokenSecret (hasPrefix "http://" $url) (not (regexMatch `^http://([a-z][-a-z0-9]*|[a-z][-a-z0-9.]+\.svc(\.cluster\.local)?)(:[0-9]+)?(/.*)?$` $url)) }}
+{{- include "reelway.fail" (dict "path" (printf "operator.%sUrl" $name) "saw" $url "expected" "https://, because the bearer token of its tokenSecret would leave the cluster in clear text; a service of the cluster is NAME.NAMESPACE.svc") }}
+{{- end }}
+{{- end }}
+{{- range $path, $env := dict "serving.env" ($v.serving.env | default dict) "operator.env" ($v.operator.env | default dict) }}
 {{- range $name := list "RAY_AUTH_TOKEN" "REELWAY_TOKEN_SECRET" "REELWAY_WEBHOOK_TOKEN" "REDIS_PASSWORD" "AWS_SECRET_ACCESS_KEY" }}
 {{- if hasKey $env $name }}
 {{- include "reelway.fail" (dict "path" (printf "%s.%s" $path $name) "saw" "(hidden)" "expected" "no value: secrets are read from a Secret (secrets.name, releases.store.s3.credentialsSecret)") }}
@@ -215,6 +222,9 @@
 {{- if and (eq $f.redis.mode "bundled") $f.redis.tls }}
 {{- include "reelway.fail" (dict "path" "features.redis.tls" "saw" true "expected" "false, because features.redis.mode is bundled; an external Redis may have TLS") }}
 {{- end }}
+{{- if and $f.redis.tlsFiles.secret (not $f.redis.tls) }}
+{{- include "reelway.fail" (dict "path" "features.redis.tlsFiles.secret" "saw" $f.redis.tlsFiles.secret "expected" "no value, because features.redis.tls is false") }}
+{{- end }}
 {{- include "reelway.checkResources" (dict "of" $f.redis.resources "path" "features.redis.resources") }}
 {{- end }}
 {{- end -}}
@@ -229,9 +239,12 @@
 {{- end }}
 {{- include "reelway.checkResources" (dict "of" $job.resources "path" (printf "jobs.%s.resources" $kind)) }}
 {{- end }}
+{{- if ne (first $job.command) "reelway" }}
+{{- include "reelway.fail" (dict "path" (printf "jobs.%s.command" $kind) "saw" $job.command "expected" "a command that begins with reelway") }}
+{{- end }}
 {{- end }}
 {{- with $v.jobs.parity }}
-{{- if and $v.serving.parity.log (not (contains "://" $v.serving.parity.log)) (ne (include "reelway.storeOnVolume" $) "true") }}
+{{- if and $v.serving.parity.log (not (contains "://" ($v.serving.parity.log | default ""))) (ne (include "reelway.storeOnVolume" $) "true") }}
 {{- include "reelway.fail" (dict "path" "serving.parity.log" "saw" $v.serving.parity.log "expected" "a URL that serving pods and the parity job reach, because releases.store.type is no volume") }}
 {{- end }}
 {{- include "reelway.checkResources" (dict "of" .resources "path" "jobs.parity.resources") }}
@@ -262,17 +275,17 @@
 {{- if ne (include "reelway.jobsEnabled" .) "true" }}
 {{- include "reelway.fail" (dict "path" "jobs.runsClaim" "saw" "" "expected" "a claim for the files of a run, because eventLog.address is set, stream.enabled is true and releases.store.type is no volume") }}
 {{- end }}
-{{- if and (eq (include "reelway.parityEnabled" .) "true") (contains "://" $v.jobs.parity.run) }}
+{{- if and (eq (include "reelway.parityEnabled" .) "true") (contains "://" ($v.jobs.parity.run | default "")) }}
 {{- include "reelway.fail" (dict "path" "jobs.parity.run" "saw" $v.jobs.parity.run "expected" "no URL, because stream.enabled is true: the replay needs the clock that the stream writes into the run of jobs.runsClaim") }}
 {{- end }}
 {{- if gt (int $v.stream.replicas) (int $v.eventLog.partitions.viewers) }}
 {{- include "reelway.fail" (dict "path" "stream.replicas" "saw" $v.stream.replicas "expected" (printf "at most eventLog.partitions.viewers, which is %v: further pods would have no partition" $v.eventLog.partitions.viewers)) }}
 {{- end }}
 {{- end }}
-{{- if and (hasPrefix "/" $v.overlay.url) (ne (include "reelway.storeOnVolume" .) "true") }}
+{{- if and (hasPrefix "/" ($v.overlay.url | default "")) (ne (include "reelway.storeOnVolume" .) "true") }}
 {{- include "reelway.fail" (dict "path" "overlay.url" "saw" $v.overlay.url "expected" "a URL that serving pods reach, because releases.store.type is no volume") }}
 {{- end }}
-{{- if and (hasPrefix "/" $v.overlay.url) (not (hasPrefix "/var/lib/reelway/volume/" $v.overlay.url)) }}
+{{- if and (hasPrefix "/" ($v.overlay.url | default "")) (not (hasPrefix "/var/lib/reelway/volume/" ($v.overlay.url | default ""))) }}
 {{- include "reelway.fail" (dict "path" "overlay.url" "saw" $v.overlay.url "expected" "a URL, or a folder below /var/lib/reelway/volume, where the release store's volume is mounted") }}
 {{- end }}
 {{- range $name := list "stream" "overlay" "catalogue" }}

@@ -20,8 +20,9 @@
 {{- if include "reelway.live" . }}
 {{- with .Values.eventLog.kafkaSettingsSecret }}
 - name: REELWAY_KAFKA_SETTINGS
-  valueFrom: {secretKeyRef: {name: {{ . }}, key: settings}}
+  valueFrom: {secretKeyRef: {name: {{ . | toJson }}, key: settings}}
 {{- end }}
+{{- include "reelway.tlsEnv" (dict "prefix" "REELWAY_KAFKA" "folder" "kafka" "tls" .Values.eventLog.tlsFiles) }}
 {{- end }}
 {{- end -}}
 
@@ -30,7 +31,7 @@
 {{- if include "reelway.live" . }}
 - ports:
     {{- range regexFindAll `:[0-9]+` .Values.eventLog.address -1 | uniq }}
-    - {protocol: TCP, port: {{ trimPrefix ":" . }}}
+    - {protocol: TCP, port: {{ trimPrefix ":" . | int | toJson }}}
     {{- end }}
   {{- with .Values.networkPolicies.kafka }}
   to: {{- toYaml . | nindent 4 }}
@@ -43,11 +44,11 @@
 serviceAccountName: {{ include "reelway.fullname" .context }}-serving
 automountServiceAccountToken: false
 enableServiceLinks: false
-terminationGracePeriodSeconds: {{ .grace }}
+terminationGracePeriodSeconds: {{ .grace | toJson }}
 securityContext: {{- include "reelway.podSecurity" .context | nindent 2 }}
 {{- include "reelway.pullSecrets" .context }}
 {{- with .of.priorityClassName }}
-priorityClassName: {{ . }}
+priorityClassName: {{ . | toJson }}
 {{- end }}
 {{- include "reelway.scheduling" (dict "of" .of) }}
 {{- end -}}
@@ -55,7 +56,7 @@ priorityClassName: {{ . }}
 {{/* The volume of a pod's state: an emptyDir, or nothing if a claim template provides it. (.Values.stream.state) */}}
 {{- define "reelway.stateVolume" -}}
 {{- if not .persistent }}
-- {name: state, emptyDir: {sizeLimit: {{ .size }}}}
+- {name: state, emptyDir: {sizeLimit: {{ .size | toJson }}}}
 {{- end }}
 {{- end -}}
 
@@ -69,9 +70,9 @@ volumeClaimTemplates:
     spec:
       accessModes: [ReadWriteOnce]
       {{- with .state.storageClassName }}
-      storageClassName: {{ . }}
+      storageClassName: {{ . | toJson }}
       {{- end }}
-      resources: {requests: {storage: {{ .state.size }}}}
+      resources: {requests: {storage: {{ .state.size | toJson }}}}
 {{- end }}
 {{- end -}}
 
@@ -79,9 +80,9 @@ volumeClaimTemplates:
 {{- define "reelway.runVolumes" -}}
 {{- $store := and (eq (include "reelway.storeOnVolume" .) "true") (include "reelway.storeClaim" .) -}}
 {{- $work := .Values.jobs.runsClaim | default (include "reelway.storeClaim" .) -}}
-- {name: work, persistentVolumeClaim: {claimName: {{ $work }}}}
+- {name: work, persistentVolumeClaim: {claimName: {{ $work | toJson }}}}
 {{- if and $store (ne $store $work) }}
-- {name: store, persistentVolumeClaim: {claimName: {{ $store }}}}
+- {name: store, persistentVolumeClaim: {claimName: {{ $store | toJson }}}}
 {{- end }}
 {{- end -}}
 
@@ -91,7 +92,7 @@ volumeClaimTemplates:
 {{- $work := .Values.jobs.runsClaim | default (include "reelway.storeClaim" .) -}}
 - {name: work, mountPath: /var/lib/reelway/work}
 {{- if $store }}
-- {name: {{ ternary "work" "store" (eq $store $work) }}, mountPath: /var/lib/reelway/volume}
+- {name: {{ ternary "work" "store" (eq $store $work) | toJson }}, mountPath: /var/lib/reelway/volume}
 {{- end }}
 {{- end -}}
 
@@ -109,10 +110,10 @@ spec:
   selector:
     matchLabels: {{- include "reelway.selector" (dict "context" .context "component" .component) | nindent 6 }}
   podMetricsEndpoints:
-    - port: {{ .port }}
+    - port: {{ .port | toJson }}
       path: /metrics
-      interval: {{ $m.interval }}
-      scrapeTimeout: {{ $m.interval }}
+      interval: {{ $m.interval | toJson }}
+      scrapeTimeout: {{ $m.interval | toJson }}
       relabelings:
         - {targetLabel: job, replacement: reelway-{{ .component }}}
 {{- end -}}

@@ -1,14 +1,29 @@
-{{/* Name of all objects, short enough for the suffixes that KubeRay appends. */}}
+{{/*
+Name of all objects, short enough for the suffixes that KubeRay appends. Names of Services begin with a letter and have no
+dots; a Helm release may be named `1234` or `my.rel`.
+*/}}
 {{- define "reelway.fullname" -}}
-{{- $own := ternary .Release.Name (printf "%s-reelway" .Release.Name) (contains "reelway" .Release.Name) -}}
+{{- $release := .Release.Name | replace "." "-" -}}
+{{- $own := ternary $release (printf "%s-reelway" $release) (contains "reelway" $release) -}}
+{{- if not (regexMatch "^[a-z]" $own) }}{{ $own = printf "reelway-%s" $release }}{{ end -}}
 {{- .Values.fullnameOverride | default $own | trunc 40 | trimSuffix "-" -}}
+{{- end -}}
+
+{{/* A scalar as text. Helm reads whole numbers from values as floating-point ones, which print as 1e+06. */}}
+{{- define "reelway.text" -}}
+{{- if kindIs "string" . }}{{ . }}{{ else }}{{ toJson . }}{{ end -}}
+{{- end -}}
+
+{{/* A version as a label or an image tag, which may not contain `+`. */}}
+{{- define "reelway.version" -}}
+{{- . | replace "+" "_" | trunc 63 | trimSuffix "-" | trimSuffix "_" | trimSuffix "." -}}
 {{- end -}}
 
 {{/* Labels of an object. (dict "context" . "component" "serving") */}}
 {{- define "reelway.labels" -}}
-helm.sh/chart: {{ printf "%s-%s" .context.Chart.Name .context.Chart.Version }}
-app.kubernetes.io/version: {{ .context.Chart.AppVersion | quote }}
-app.kubernetes.io/managed-by: {{ .context.Release.Service }}
+helm.sh/chart: {{ include "reelway.version" (printf "%s-%s" .context.Chart.Name .context.Chart.Version) | quote }}
+app.kubernetes.io/version: {{ include "reelway.version" .context.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .context.Release.Service | toJson }}
 app.kubernetes.io/part-of: reelway
 {{ include "reelway.selector" . }}
 {{- end -}}
@@ -21,8 +36,8 @@ app.kubernetes.io/part-of: reelway
 
 {{/* Selector of a component's pods. KubeRay overwrites app.kubernetes.io/name, so the selector does not use it. */}}
 {{- define "reelway.selector" -}}
-app.kubernetes.io/instance: {{ .context.Release.Name }}
-reelway.dev/component: {{ .component }}
+app.kubernetes.io/instance: {{ .context.Release.Name | toJson }}
+reelway.dev/component: {{ .component | toJson }}
 {{- end -}}
 
 {{- define "reelway.routerService" -}}{{ include "reelway.fullname" . }}-router{{- end -}}
@@ -70,5 +85,5 @@ default policy requires parity only then.
 {{- $reference := .of.repository -}}
 {{- if .context.Values.image.registry }}{{ $reference = printf "%s/%s" .context.Values.image.registry $reference }}{{ end -}}
 {{- if .of.digest }}{{ $reference }}@{{ .of.digest }}
-{{- else }}{{ $reference }}:{{ .of.tag | default .context.Chart.AppVersion }}{{ end -}}
+{{- else }}{{ $reference }}:{{ .of.tag | default (include "reelway.version" .context.Chart.AppVersion) }}{{ end -}}
 {{- end -}}

@@ -16,11 +16,32 @@ capabilities: {drop: [ALL]}
 seccompProfile: {type: RuntimeDefault}
 {{- end -}}
 
+{{/* IP families of a Service. */}}
+{{- define "reelway.ipFamilies" -}}
+{{- with .Values.services.ipFamilyPolicy }}
+ipFamilyPolicy: {{ . }}
+{{- end }}
+{{- with .Values.services.ipFamilies }}
+ipFamilies: {{ toJson . }}
+{{- end }}
+{{- end -}}
+
+{{/* Address at which Ray's dashboard listens: all interfaces of the primary family, which the head's Service has. */}}
+{{- define "reelway.dashboardHost" -}}
+{{- if eq (first (.Values.services.ipFamilies | default (list "IPv4"))) "IPv6" }}::{{ else }}0.0.0.0{{ end -}}
+{{- end -}}
+
+{{/* Address at which Serve listens. Given `::`, Ray makes HAProxy listen at IPv4 only; `::0` is the same address, and
+     takes both families. */}}
+{{- define "reelway.serveHost" -}}
+{{- if has "IPv6" .Values.services.ipFamilies }}::0{{ else }}0.0.0.0{{ end -}}
+{{- end -}}
+
 {{- define "reelway.pullSecrets" -}}
 {{- with .Values.image.pullSecrets }}
 imagePullSecrets:
 {{- range . }}
-  - name: {{ . }}
+  - name: {{ . | toJson }}
 {{- end }}
 {{- end }}
 {{- end -}}
@@ -54,8 +75,8 @@ topologySpreadConstraints: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- if $s3.credentialsSecret }}
 {{- range list "AWS_ACCESS_KEY_ID" "AWS_SECRET_ACCESS_KEY" }}
-- name: {{ . }}
-  valueFrom: {secretKeyRef: {name: {{ $s3.credentialsSecret }}, key: {{ . }}}}
+- name: {{ . | toJson }}
+  valueFrom: {secretKeyRef: {name: {{ $s3.credentialsSecret | toJson }}, key: {{ . | toJson }}}}
 {{- end }}
 {{- end }}
 {{- end }}
@@ -65,14 +86,14 @@ topologySpreadConstraints: {{- toYaml . | nindent 2 }}
 - name: public-keys
 {{- with .Values.releases.publicKeys }}
 {{- if .configMap }}
-  configMap: {name: {{ .configMap }}}
+  configMap: {name: {{ .configMap | toJson }}}
 {{- else }}
-  secret: {secretName: {{ .secret }}}
+  secret: {secretName: {{ .secret | toJson }}}
 {{- end }}
 {{- end }}
 {{- end -}}
 
 {{/* Reference to a key of the Secret. (dict "context" . "key" "webhook-token") */}}
 {{- define "reelway.secretKey" -}}
-secretKeyRef: {name: {{ include "reelway.secretName" .context }}, key: {{ .key }}}
+secretKeyRef: {name: {{ include "reelway.secretName" .context | quote }}, key: {{ .key | toJson }}}
 {{- end -}}

@@ -10,10 +10,10 @@ runtimeEnvAgent: 6382
 agentGrpc: 6383
 agentHttp: 52365
 metrics: 8080
-workerMin: {{ $ranges.workerMin }}
-workerMax: {{ $ranges.workerMax }}
-ingressMin: {{ $ranges.ingressMin }}
-ingressMax: {{ $ranges.ingressMax }}
+workerMin: {{ $ranges.workerMin | toJson }}
+workerMax: {{ $ranges.workerMax | toJson }}
+ingressMin: {{ $ranges.ingressMin | toJson }}
+ingressMax: {{ $ranges.ingressMax | toJson }}
 # HAProxy reaches each replica over HTTP; Ray reserves a gRPC port for it too.
 ingressGrpcMin: {{ add $ranges.ingressMin 10000 }}
 ingressGrpcMax: {{ add $ranges.ingressMax 10000 }}
@@ -41,7 +41,7 @@ min-worker-port: {{ $p.workerMin | quote }}
 max-worker-port: {{ $p.workerMax | quote }}
 {{- if eq .role "head" }}
 port: {{ $p.gcs | quote }}
-dashboard-host: 0.0.0.0
+dashboard-host: {{ include "reelway.dashboardHost" .context | quote }}
 dashboard-port: {{ $p.dashboard | quote }}
 ray-client-server-port: {{ $p.client | quote }}
 num-cpus: {{ .context.Values.serving.head.cpus | quote }}
@@ -81,18 +81,16 @@ RAY_worker_niceness: "0"
 {{- /* 30 s as in Ray, or what the grace period leaves after preStop (5 s) and before the processes exit (5 s). */ -}}
 {{- $drain := dict "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S" (min 30 (sub (int .Values.serving.terminationGracePeriodSeconds) 10)) -}}
 {{- $quiet := dict "RAY_USAGE_STATS_ENABLED" "0" "FEAST_USAGE" "False" "OMP_NUM_THREADS" "1" "RAY_AUTH_MODE" "token" -}}
-{{- range $name, $value := mergeOverwrite $env $own $grpc $node $drain $quiet .Values.serving.env }}
-- {name: {{ $name }}, value: {{ $value | toString | quote }}}
+{{- range $name, $value := mergeOverwrite $env $own $grpc $node $drain $quiet (.Values.serving.env | default dict) }}
+- {name: {{ $name | toJson }}, value: {{ include "reelway.text" $value | quote }}}
 {{- end }}
 - name: RAY_AUTH_TOKEN
   valueFrom: {{- include "reelway.secretKey" (dict "context" . "key" "auth_token") | nindent 4 }}
 - name: REELWAY_TOKEN_SECRET
   valueFrom: {{- include "reelway.secretKey" (dict "context" . "key" "impression-tokens") | nindent 4 }}
-{{- if eq .Values.features.type "redis" }}
-- name: REDIS_PASSWORD
-  valueFrom: {{- include "reelway.secretKey" (dict "context" . "key" "redis-password") | nindent 4 }}
-{{- end }}
+{{- include "reelway.redisEnv" . }}
 {{- include "reelway.kafkaEnv" . }}
+{{- include "reelway.rayTlsEnv" . }}
 {{- include "reelway.storeEnv" . }}
 {{- end -}}
 
@@ -107,6 +105,8 @@ RAY_worker_niceness: "0"
 {{- if eq .context.Values.features.type "redis" }}
 - {name: features, mountPath: /etc/reelway/features, readOnly: true}
 {{- end }}
+{{- include "reelway.tlsMounts" (dict "context" .context "hops" (list "redis" "kafka")) }}
+{{- include "reelway.rayTlsMounts" .context }}
 {{- if include "reelway.accessKeys" .context }}
 - {name: access, mountPath: /etc/reelway/access, readOnly: true}
 {{- end }}
@@ -118,15 +118,17 @@ RAY_worker_niceness: "0"
 {{- define "reelway.rayVolumes" -}}
 {{- $v := .context.Values -}}
 - {name: tmp, emptyDir: {}}
-- {name: cache, emptyDir: {sizeLimit: {{ $v.serving.releaseCache.size }}}}
+- {name: cache, emptyDir: {sizeLimit: {{ $v.serving.releaseCache.size | toJson }}}}
 - {name: metrics, emptyDir: {medium: Memory, sizeLimit: 256Mi}}
 {{ include "reelway.publicKeysVolume" .context }}
 {{- if eq (include "reelway.storeOnVolume" .context) "true" }}
-- {name: releases, persistentVolumeClaim: {claimName: {{ include "reelway.storeClaim" .context }}}}
+- {name: releases, persistentVolumeClaim: {claimName: {{ include "reelway.storeClaim" .context | quote }}}}
 {{- end }}
 {{- if eq $v.features.type "redis" }}
 - {name: features, configMap: {name: {{ include "reelway.fullname" .context }}-features}}
 {{- end }}
+{{- include "reelway.tlsVolumes" (dict "context" .context "hops" (list "redis" "kafka")) }}
+{{- include "reelway.rayTlsVolumes" .context }}
 {{- with include "reelway.accessKeys" .context }}
 - name: access
   projected:
@@ -135,7 +137,7 @@ RAY_worker_niceness: "0"
 {{- if eq .role "head" }}
 - name: state
 {{- if and $v.serving.outcomes.enabled $v.serving.outcomes.persistence.enabled }}
-  persistentVolumeClaim: {claimName: {{ include "reelway.stateClaim" .context }}}
+  persistentVolumeClaim: {claimName: {{ include "reelway.stateClaim" .context | quote }}}
 {{- else }}
   emptyDir: {}
 {{- end }}
@@ -150,12 +152,12 @@ RAY_worker_niceness: "0"
      every new head and job by that much. */}}
 {{- define "reelway.rayNodeProbes" -}}
 startupProbe:
-  httpGet: {path: /api/healthz, port: {{ . }}}
+  httpGet: {path: /api/healthz, port: {{ . | toJson }}}
   periodSeconds: 1
   timeoutSeconds: 5
   failureThreshold: 300
 readinessProbe:
-  httpGet: {path: /api/healthz, port: {{ . }}}
+  httpGet: {path: /api/healthz, port: {{ . | toJson }}}
   periodSeconds: 5
   timeoutSeconds: 5
   failureThreshold: 10
@@ -166,26 +168,26 @@ readinessProbe:
 {{- $v := .context.Values -}}
 {{- $p := include "reelway.rayPorts" .context | fromYaml -}}
 name: ray
-image: {{ include "reelway.image" (dict "context" .context "of" $v.image.serving) }}
-imagePullPolicy: {{ $v.image.pullPolicy }}
+image: {{ include "reelway.image" (dict "context" .context "of" $v.image.serving) | quote }}
+imagePullPolicy: {{ $v.image.pullPolicy | toJson }}
 securityContext: {{- include "reelway.containerSecurity" .context | nindent 2 }}
 env:
   {{- include "reelway.rayEnv" .context | nindent 2 }}
 ports:
-  - {name: serve, containerPort: {{ $v.serving.port }}}
+  - {name: serve, containerPort: {{ $v.serving.port | toJson }}}
   # KubeRay adds a port of this name with the number 8080 if it is missing.
-  - {name: metrics, containerPort: {{ $p.metrics }}}
+  - {name: metrics, containerPort: {{ $p.metrics | toJson }}}
   {{- if eq .role "head" }}
-  - {name: gcs-server, containerPort: {{ $p.gcs }}}
-  - {name: dashboard, containerPort: {{ $p.dashboard }}}
-  - {name: client, containerPort: {{ $p.client }}}
+  - {name: gcs-server, containerPort: {{ $p.gcs | toJson }}}
+  - {name: dashboard, containerPort: {{ $p.dashboard | toJson }}}
+  - {name: client, containerPort: {{ $p.client | toJson }}}
   # The container `metrics` listens on it. KubeRay adds the ports of this container to the head's Service.
-  - {name: internal, containerPort: {{ $v.serving.internalPort }}}
+  - {name: internal, containerPort: {{ $v.serving.internalPort | toJson }}}
   {{- end }}
 {{- if eq .role "worker" }}
 # A worker is ready once its proxy routes to a replica.
 readinessProbe:
-  httpGet: {path: /-/healthz, port: {{ $v.serving.port }}}
+  httpGet: {path: /-/healthz, port: {{ $v.serving.port | toJson }}}
   initialDelaySeconds: 5
   periodSeconds: 2
   timeoutSeconds: 2
@@ -216,11 +218,11 @@ volumeMounts:
 {{- define "reelway.metricsContainer" -}}
 {{- $v := .context.Values -}}
 name: metrics
-image: {{ include "reelway.image" (dict "context" .context "of" $v.image.serving) }}
-imagePullPolicy: {{ $v.image.pullPolicy }}
+image: {{ include "reelway.image" (dict "context" .context "of" $v.image.serving) | quote }}
+imagePullPolicy: {{ $v.image.pullPolicy | toJson }}
 command: [python, -m, reelway.serving.pod_metrics, --port, {{ $v.serving.metrics.port | quote }}]
 {{- if eq .role "head" }}
-args: [--internal-port, {{ $v.serving.internalPort | quote }}, --service-url, "http://127.0.0.1:{{ $v.serving.port }}"]
+args: [--internal-port, {{ $v.serving.internalPort | quote }}, --service-url, "http://localhost:{{ $v.serving.port }}"]
 {{- end }}
 securityContext: {{- include "reelway.containerSecurity" .context | nindent 2 }}
 env:
@@ -230,7 +232,7 @@ env:
     valueFrom: {{- include "reelway.secretKey" (dict "context" .context "key" "impression-tokens") | nindent 6 }}
   {{- end }}
 ports:
-  - {name: reelway-metrics, containerPort: {{ $v.serving.metrics.port }}}
+  - {name: reelway-metrics, containerPort: {{ $v.serving.metrics.port | toJson }}}
 resources: {{- toYaml $v.serving.metrics.resources | nindent 2 }}
 volumeMounts:
   - {name: metrics, mountPath: /var/run/reelway/metrics}
@@ -239,7 +241,7 @@ volumeMounts:
 
 {{- define "reelway.rayPodLabels" -}}
 {{ include "reelway.podLabels" (dict "context" .context "component" "serving") }}
-reelway.dev/role: {{ .role }}
+reelway.dev/role: {{ .role | toJson }}
 {{- end -}}
 
 {{/* The spec of a Ray pod without its containers. */}}
@@ -248,15 +250,16 @@ reelway.dev/role: {{ .role }}
 serviceAccountName: {{ include "reelway.fullname" .context }}-serving
 automountServiceAccountToken: {{ and $v.ray.autoscaling.enabled (eq .role "head") }}
 enableServiceLinks: false
-terminationGracePeriodSeconds: {{ $v.serving.terminationGracePeriodSeconds }}
+terminationGracePeriodSeconds: {{ $v.serving.terminationGracePeriodSeconds | toJson }}
 securityContext: {{- include "reelway.podSecurity" .context | nindent 2 }}
 {{- include "reelway.pullSecrets" .context }}
 {{- with include "reelway.servingPriority" .context }}
-priorityClassName: {{ . }}
+priorityClassName: {{ . | toJson }}
 {{- end }}
 {{- include "reelway.scheduling" (dict "of" .group) }}
 volumes:
   {{- include "reelway.rayVolumes" . | nindent 2 }}
+{{- include "reelway.rayTlsInit" (dict "context" .context "image" $v.image.serving) }}
 {{- end -}}
 
 {{- define "reelway.servingPriority" -}}

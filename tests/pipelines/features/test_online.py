@@ -26,6 +26,7 @@ from reelway.platform.features.viewer_memory import MEMORY_FILE, open_viewer_mem
 from reelway.platform.features.viewer_rows import AS_OF, ViewerRowReader, Views, _decode_value, _PerViewReader
 from reelway.platform.features.watched_filter import is_watched
 from reelway.platform.run_directory import RunDirectory
+from reelway.platform.viewer_pseudonyms import viewer_pseudonym
 
 FIELDS = [name for view in VIEWER_VIEWS for name in VIEWS[view]]
 
@@ -118,7 +119,7 @@ def test_unreachable_redis_raises_a_feature_error(built, tmp_path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         store = register_features(run.features, DIMENSIONS, f"redis://127.0.0.1:{free.getsockname()[1]}")
-        with pytest.raises(FeatureError, match="cannot read viewer 500"):
+        with pytest.raises(FeatureError, match=f"cannot read {viewer_pseudonym(500)}"):
             ViewerRowReader(store).read(500)
 
 

@@ -29,6 +29,7 @@ from reelway.platform.features.viewer_rows import ViewerRowReader
 from reelway.platform.rollout.evidence import EvidenceState
 from reelway.platform.rollout.sources.parity_findings import parity_path, read_parity
 from reelway.platform.run_directory import RunDirectory
+from reelway.platform.viewer_pseudonyms import viewer_pseudonym
 
 
 def served_vectors(built: Any) -> list[ServedVector]:
@@ -111,7 +112,7 @@ def test_type_change_is_reported(built, run, tmp_path, feature, change) -> None:
     assert vector.viewer[feature] is not None
     skewed = replace(vector, viewer={**vector.viewer, feature: change(vector.viewer[feature])})
     report = replayed(run, tmp_path / "log", [skewed])
-    assert [(m.feature, m.entity) for m in report.mismatches] == [(feature, "viewer 503")]
+    assert [(m.feature, m.entity) for m in report.mismatches] == [(feature, viewer_pseudonym(503))]
 
 
 def test_unserved_field_is_reported(built, run, tmp_path) -> None:

@@ -27,6 +27,7 @@ from reelway.platform.errors import ConfigError, DataError
 from reelway.platform.rollout.traffic.access_options import JwtOptions
 from reelway.platform.rollout.traffic.routing import Routing
 from reelway.platform.viewer_assertions import ViewerTokenSigner, create_viewer_key, read_viewer_key
+from reelway.platform.viewer_pseudonyms import viewer_pseudonym
 from reelway.serving.access.assertions import JwtVerifier
 
 OLD, NEW = "a" * 64, "b" * 64
@@ -186,7 +187,7 @@ def test_viewer_who_leaves_a_running_canary_is_counted() -> None:
     assert ledger.changes == 0  # the routing may have been read before the response
     ledger.record_routing(frozenset({NEW}), 10.5 + GRACE_S + 0.1)
     assert ledger.changes == 1
-    assert "viewer 2" in ledger.examples[0]
+    assert viewer_pseudonym(2) in ledger.examples[0]
 
 
 def test_reshuffled_viewers_are_counted_over_http(world: World) -> None:

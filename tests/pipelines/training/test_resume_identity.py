@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from tests.support.pipelines.training_row_fixtures import made_table, write_rows
 from reelway.pipelines.training.config import TrainingConfig, load_config
 from reelway.pipelines.training.fit import make_training_split
 from reelway.pipelines.training.negatives import FIELDS, RankerRows, impression_rows
-from reelway.pipelines.training.ray_train import checkpoints_name
+from reelway.pipelines.training.ray_train import INTERRUPTED_RETENTION_S, checkpoints_name, prune_interrupted
 from reelway.pipelines.training.rows import TrainingRows, load_rows
 
 
@@ -57,3 +58,16 @@ def test_one_changed_value_starts_a_new_training(rows: TrainingRows, config: Tra
     names |= {name_of(variant, config, learn) for variant in variants}
     names |= {name_of(rows, config, replace(learn, **{name: changed(getattr(learn, name))})) for name in FIELDS}
     assert len(names) == 1 + len(variants) + len(FIELDS)
+
+
+def test_checkpoints_of_older_interrupted_trainings_are_removed(tmp_path: Path) -> None:
+    now_s = 1e9
+    for name, age_s in (("fit-old", INTERRUPTED_RETENTION_S + 1), ("fit-new", 60.0), ("fit-own", 1e6), ("other", 1e6)):
+        for folder in (tmp_path / name / "checkpoint_0", tmp_path / f"{name}.input"):
+            folder.mkdir(parents=True)
+            (folder / "state.pt").write_text("state")
+        for path in [*tmp_path.glob(f"{name}*"), *tmp_path.glob(f"{name}*/**/*")]:
+            os.utime(path, (now_s - age_s, now_s - age_s))
+    os.utime(tmp_path / "fit-new", (1.0, 1.0))  # the newest file counts, not the folder
+    assert prune_interrupted(tmp_path, "fit-own", now_s) == ["fit-old", "fit-old.input"]
+    assert {path.name.partition(".")[0] for path in tmp_path.iterdir()} == {"fit-new", "fit-own", "other"}

@@ -26,6 +26,7 @@ from reelway.platform.features.viewer_memory_local import LocalViewerMemory
 from reelway.platform.features.viewer_memory_redis import RedisViewerMemory
 from reelway.platform.features.viewer_memory_sqlite import SqliteViewerMemory
 from reelway.platform.features.watched_filter import GENERATION_DAYS, is_watched
+from reelway.platform.viewer_pseudonyms import viewer_pseudonym
 
 NOW_S = 1_718_000_000.0
 HOUR_S = 3_600.0
@@ -259,7 +260,7 @@ def test_idle_viewers_expire_in_redis(redis_server: str) -> None:
 
 def test_unreachable_redis_raises_a_storage_error() -> None:
     memory = RedisViewerMemory(redis.Redis(port=1, socket_connect_timeout=0.2, retry=None))
-    with pytest.raises(StorageError, match="memory of viewer 5"):
+    with pytest.raises(StorageError, match=f"memory of {viewer_pseudonym(5)}"):
         memory.read(5)
     with pytest.raises(StorageError, match="cannot write shown videos"):
         memory.remember_shown(5, [1], NOW_S)

@@ -225,7 +225,9 @@ def test_counts_catch_up_with_two_routers_after_a_restart(tmp_path: Path) -> Non
     second = OutcomeCollector(tmp_path / "elsewhere" / "outcomes.db", open_log)
     second.start()
     deadline = time.monotonic() + 20
-    while received(second).get("counted", 0) < len(done) or received(second).get("duplicate", 0) < 20:
+    while (
+        received(second).get("counted", 0) < len(done) or received(second).get("duplicate", 0) < 10
+    ):  # a router knows its own
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert_same(second.statistics("r-1"), recomputed(shown, done))

@@ -19,7 +19,7 @@ from tests.support.serving.caller_access import CREDENTIAL, INTERNAL, open_acces
 from tests.support.serving.raw_events import NOW, SIGNER, RawOutcome, ShownImpression, reported_columns
 
 from reelway.platform.contracts.api import ErrorResponse, OutcomesResponse
-from reelway.platform.contracts.events import Arm, OutcomeType
+from reelway.platform.contracts.events import OUTCOME_HORIZON_S, Arm, OutcomeType
 from reelway.platform.errors import ServingError, StorageError
 from reelway.platform.eventlog import LogRecord, open_event_log
 from reelway.platform.eventlog.outcome_events import decode_outcomes
@@ -196,9 +196,11 @@ def test_viewer_reports_its_own_outcomes_alone(tmp_path: Path, count: int) -> No
     assert registry.get_sample_value("reelway_ingress_denied_total", {"kind": "missing"}) == 1
 
 
-def test_repeated_outcome_has_the_same_id(intake: Intake) -> None:
-    for _ in range(2):
-        intake.post(body_of(RawOutcome(SHOWN[1], OutcomeType.LIKE)))
+def test_outcome_repeated_at_another_router_has_the_same_id(intake: Intake) -> None:
+    other = Intake(intake.path)
+    with other.client:
+        for router_of_the_service in (intake, other):
+            router_of_the_service.post(body_of(RawOutcome(SHOWN[1], OutcomeType.LIKE)))
     first, second = intake.logged()
     assert first["outcome_id"] == second["outcome_id"]
 
@@ -387,3 +389,29 @@ def test_twenty_full_requests_are_appended_to_kafka(broker: Broker) -> None:
     assert max(len(record.payload) for record in records) <= 1 << 20
     assert len(records) > 2
     assert sum(decode_outcomes(record.payload).num_rows for record in records) == 20_001
+
+
+def test_repeated_outcome_is_accepted_and_logged_once(intake: Intake) -> None:
+    one, other = body_of(RawOutcome(SHOWN[1], OutcomeType.LIKE)), body_of(RawOutcome(SHOWN[2], OutcomeType.LIKE))
+    assert [intake.post(*outcomes).json()["accepted"] for outcomes in ((one, one), (one, other), (other,))] == [2, 2, 1]
+    assert [row["impression_id"] for row in intake.logged()] == [1, 2]
+
+
+def test_outcome_whose_append_failed_is_logged_when_it_is_sent_again(intake: Intake) -> None:
+    one = body_of(RawOutcome(SHOWN[1], OutcomeType.LIKE))
+    intake.log.full = True
+    assert intake.post(one).status_code == 503
+    intake.log.full = False
+    assert intake.post(one).json()["accepted"] == 1
+    assert len(intake.logged()) == 1
+
+
+def test_late_outcome_is_refused_and_not_logged(intake: Intake) -> None:
+    late = replace(SHOWN[1], at=RECEIVED_S - OUTCOME_HORIZON_S - 1)
+    in_time = replace(SHOWN[2], at=RECEIVED_S - OUTCOME_HORIZON_S + 1)
+    answer = intake.post(*(body_of(RawOutcome(shown, OutcomeType.LIKE)) for shown in (late, in_time))).json()
+    assert answer["accepted"] == 1
+    assert answer["refused"] == [
+        {"index": 0, "message": "late: more than 24 hours after the impression; do not send it again"}
+    ]
+    assert [row["impression_id"] for row in intake.logged()] == [2]

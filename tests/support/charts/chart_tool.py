@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import shutil
 import subprocess
 import tempfile
@@ -110,6 +111,25 @@ COMPONENTS: Final[dict[str, Document]] = {
     "no-service": {"serving": {"enabled": False}, "releases": {"initial": ""}},
     "no-test": {"tests": {"enabled": False}},
     "secrets": {"secrets": {"generate": True, "name": ""}},
+    "tls": {
+        "ray": {"tls": {"caSecret": "ray-ca"}, "autoscaling": {"enabled": True}},
+        "operator": {
+            "webhookTls": {"secret": "webhook-tls"},
+            "prometheusUrl": "https://prometheus.test",
+            "prometheusAccess": {"tokenSecret": "p", "caConfigMap": "ca", "clientSecret": "pc", "serverName": "p.test"},
+            "alertmanagerUrl": "https://alertmanager.test", "alertmanagerAccess": {"clientSecret": "ac"},
+        },
+        "features": {
+            **_REDIS,
+            "redis": {
+                "mode": "external", "host": "redis.test", "tls": True,
+                "tlsFiles": {"secret": "redis-tls", "clientCertificate": True},
+            },
+        },
+        "eventLog": {"address": "kafka://kafka.test:9093", "tlsFiles": {"secret": "kafka-tls"}},
+        "jobs": {"runsClaim": "runs", "features": {"enabled": True}, "train": {"enabled": True, "workers": 2}},
+        "monitoring": {**_RULES, "alertmanagerConfig": {"enabled": True}},
+    },
     "ray-autoscaling": {"ray": {"autoscaling": {"enabled": True}}},
 }  # fmt: skip
 COMBINATIONS: Final = [(environment, component) for environment in ENVIRONMENT_FILES for component in COMPONENTS]
@@ -124,13 +144,15 @@ def program(name: str) -> str:
     return found
 
 
-def helm_template(values: Document, *files: Path, arguments: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+def helm_template(
+    values: Document, *files: Path, arguments: tuple[str, ...] = (), release: str = "rw", chart: Path = CHART
+) -> subprocess.CompletedProcess[str]:
     """Runs ``helm template`` with values files and these values over them."""
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as last:
-        yaml.safe_dump(values, last)
+        json.dump(values, last)  # JSON is YAML; PyYAML would not quote the text 1e3, which Helm reads as a number
         last.flush()
         named = [part for file in (*files, Path(last.name)) for part in ("--values", str(file))]
-        command = [program("helm"), "template", "rw", str(CHART), "--namespace", "reelway", *named, *arguments]
+        command = [program("helm"), "template", release, str(chart), "--namespace", "reelway", *named, *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
 

@@ -48,6 +48,13 @@ def write_schemas(folder: Path, kinds: set[tuple[str, str]]) -> None:
         _write_crd(folder, path)
 
 
+def crd_file(plural: str) -> Path:
+    """The manifest of a CRD, in the version of the module that the chart's manifests are checked against."""
+    module, directory, _ = next(one for one in _RESOURCES if plural in one[2])
+    (path,) = (path for path in _file(module, directory).glob("*.yaml") if path.stem.endswith(plural))
+    return path
+
+
 def _write_crd(folder: Path, path: Path) -> None:
     for crd in yaml.load_all(path.read_text(), Loader=_CrdLoader):
         for version in crd["spec"]["versions"]:

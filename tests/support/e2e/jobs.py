@@ -98,6 +98,7 @@ def job_values(**more: Any) -> dict[str, Any]:
     """Values of an installation with jobs and without a service."""
     submitters = [{"kind": "ServiceAccount", "name": ENGINEER, "namespace": ""}]
     jobs = dict.fromkeys(KINDS, _SMALL) | {"submitter": _SUBMITTER, "signingSecret": SIGNING}
+    jobs["allowedImages"] = ["reelway.local/training:*"]
     return {"serving": {"enabled": False}, "jobs": {**jobs, "submitters": submitters, **more}}
 
 

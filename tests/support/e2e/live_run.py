@@ -24,7 +24,7 @@ from tests.support.e2e.pods import pod
 from tests.support.e2e.release_fixtures import CLAIM, ReleaseFixtures
 
 from reelway.platform.cli.processes import reelway_command
-from reelway.platform.features.feast_store import CONFIG_FILE, PASSWORD_VARIABLE, online_store_config
+from reelway.platform.features.feast_store import CONFIG_FILE, online_store_config
 from reelway.platform.release.signing import PRIVATE_NAME, PUBLIC_NAME, KeyPair
 from reelway.platform.run_directory import RunDirectory
 
@@ -55,7 +55,6 @@ class LiveRun:
         config = self.run.features / CONFIG_FILE
         store = yaml.safe_load(config.read_text())
         store["online_store"] = online_store_config(f"redis://{redis}")
-        store["online_store"]["connection_string"] += f",password=${{{PASSWORD_VARIABLE}}}"
         config.write_text(yaml.safe_dump(store))
         self.releases.deliver(kubectl)
         with pod(kubectl, "run-delivery", claim=CLAIM) as name:

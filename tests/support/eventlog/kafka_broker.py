@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 from uuid import uuid4
@@ -18,6 +20,7 @@ from uuid import uuid4
 import pytest
 from confluent_kafka import KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
+from tests.support.certificates import CertificateFiles
 
 POM: Final = Path(__file__).parents[3] / "infra" / "images" / "kafka.pom.xml"
 JARS: Final = Path(__file__).parents[3] / "build" / "kafka"
@@ -31,11 +34,13 @@ class Broker:
 
     Args:
         servers: its ``host:port``.
+        tls_servers: its ``host:port`` for TLS; empty without.
         folder: data and settings of a broker that the tests start; None for one that they only use.
     """
 
-    def __init__(self, servers: str, folder: Path | None = None) -> None:
+    def __init__(self, servers: str, folder: Path | None = None, tls_servers: str = "") -> None:
         self.servers = servers
+        self.tls_servers = tls_servers
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
         self._admin: AdminClient | None = None
@@ -91,22 +96,54 @@ class Broker:
             self._process.wait()
             self._process = None
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stops the broker's process while the block runs; connections stay open and nothing is answered."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
+
+
+@dataclass(frozen=True)
+class BrokerTls:
+    """A second listener, with TLS and client certificates of one CA."""
+
+    server: CertificateFiles
+    ca: Path
+
+    def settings(self, folder: Path) -> dict[str, str]:
+        """Writes the broker's PEM key store and returns its settings."""
+        store = folder / "keystore.pem"
+        store.write_bytes(self.server.key.read_bytes() + self.server.cert.read_bytes())
+        return {
+            "listener.security.protocol.map": "CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT,SSL:SSL",
+            "ssl.keystore.type": "PEM", "ssl.keystore.location": str(store),
+            "ssl.truststore.type": "PEM", "ssl.truststore.location": str(self.ca), "ssl.client.auth": "required",
+        }  # fmt: skip
+
 
 @contextmanager
-def kafka_broker(folder: Path) -> Iterator[Broker]:
+def kafka_broker(folder: Path, tls: BrokerTls | None = None) -> Iterator[Broker]:
     """Runs a broker for the block. The test is skipped on a machine without Java or Maven."""
     if servers := os.environ.get("REELWAY_KAFKA"):
+        if tls:
+            pytest.skip("the broker in REELWAY_KAFKA has no certificate of this test")
         yield Broker(servers)
         return
     jars = _jars()
-    port, controller_port = _free_ports()
+    port, controller_port, tls_port = _free_ports()
+    listener = f"SSL://127.0.0.1:{tls_port}," if tls else ""
+    more = tls.settings(folder) if tls else {}
     properties = folder / "server.properties"
     properties.write_text(
         f"""process.roles=broker,controller
 node.id=1
 controller.quorum.voters=1@127.0.0.1:{controller_port}
-listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port}
-advertised.listeners=PLAINTEXT://127.0.0.1:{port}
+listeners=PLAINTEXT://127.0.0.1:{port},{listener}CONTROLLER://127.0.0.1:{controller_port}
+advertised.listeners={listener}PLAINTEXT://127.0.0.1:{port}
 controller.listener.names=CONTROLLER
 log.dirs={folder / "data"}
 offsets.topic.replication.factor=1
@@ -118,10 +155,11 @@ group.initial.rebalance.delay.ms=0
 auto.create.topics.enable=false
 log.message.timestamp.type=LogAppendTime
 """
+        + "".join(f"{name}={value}\n" for name, value in more.items())
     )
     format_ = ["kafka.tools.StorageTool", "format", "-t", "q1Sh-9_ISia_zwGINzRvyQ", "-c", str(properties)]
     subprocess.run([*_JAVA, f"{jars}/*", *format_], check=True, capture_output=True, timeout=START_TIMEOUT_S)
-    broker = Broker(f"127.0.0.1:{port}", folder)
+    broker = Broker(f"127.0.0.1:{port}", folder, f"127.0.0.1:{tls_port}" if tls else "")
     try:
         broker.start()
         yield broker
@@ -154,8 +192,8 @@ def _require(program: str) -> None:
         pytest.skip(f"no {program} on the PATH; `make system-packages` installs it")
 
 
-def _free_ports() -> tuple[int, int]:
-    with socket.socket() as first, socket.socket() as second:
-        first.bind(("127.0.0.1", 0))
-        second.bind(("127.0.0.1", 0))
-        return first.getsockname()[1], second.getsockname()[1]
+def _free_ports() -> tuple[int, int, int]:
+    with socket.socket() as first, socket.socket() as second, socket.socket() as third:
+        for probe in (first, second, third):
+            probe.bind(("127.0.0.1", 0))
+        return first.getsockname()[1], second.getsockname()[1], third.getsockname()[1]

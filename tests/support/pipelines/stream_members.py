@@ -175,10 +175,10 @@ def read_rows(
         messages = [m for m in consumer.consume(1_000, timeout=0.5) if m.error() is None]
         quiet = quiet + 1 if not any(m.topic().endswith("rows-viewer") for m in messages) else 0
         for message in messages:
-            found = decode(message.key(), message.value())
+            found = decode(message.key(), message.value() or b"")
             if isinstance(found, Progress):
                 progress[found.view, found.partition] = found.as_of_us
-            else:
+            elif isinstance(found, Row):
                 rows[found.view, found.entity, found.at_us] += 1
                 values[found.view, found.entity, found.at_us] = found.fields
     consumer.close()

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from tests.support.rollout.canary_events import POLICY, RELEASE, STABLE, HistoryGenerator
 
-from reelway.platform.errors import RolloutError
-from reelway.platform.rollout.alerts import KnownAlert
+from reelway.platform.errors import RolloutError, StorageError
+from reelway.platform.rollout.alerts import KnownAlert, PolledAlerts, Relevance
 from reelway.platform.rollout.control.alert_registry import AlertRegistry
 from reelway.platform.rollout.control.controller import Controller
 from reelway.platform.rollout.control.sqlite_store import SqliteRolloutStore
@@ -46,7 +46,7 @@ class FileBackend:
 
     def observe(self) -> TrafficObservation:
         seen = self.read()
-        return TrafficObservation(seen.routing, seen.releases, frozenset(seen.releases))
+        return TrafficObservation(seen.routing, seen.releases, frozenset(seen.releases), configured=seen.routing)
 
     def apply(self, target: TrafficTarget) -> None:
         self.write(target)
@@ -173,3 +173,27 @@ def newest(store: RolloutStore) -> Rollout:
 
 def moves(entries: Iterable[HistoryEntry]) -> list[str]:
     return [entry.action for entry in entries]
+
+
+def stepping(world: ControllerEnvironment) -> ControllerEnvironment:
+    """A rollout at its first step."""
+    world.begin()
+    assert world.tick(2) == ["prepare", "step"]
+    return world
+
+
+def disk_full() -> None:
+    raise StorageError("disk full")
+
+
+class FakeAlertSource:
+    """An alert source with the test's alerts."""
+
+    def __init__(self) -> None:
+        self.answer: list[KnownAlert] | None = []
+        self.problem = ""
+
+    def poll(self, is_relevant: Relevance) -> PolledAlerts:
+        if self.answer is None:
+            raise RolloutError("Alertmanager: connection refused")
+        return PolledAlerts(tuple(one for one in self.answer if is_relevant(dict(one.labels))), self.problem)

@@ -45,7 +45,8 @@ class _AtOnce(ThreadingHTTPServer):
 class Exporter:
     """Router and collector of one service, for releases with these labels.
 
-    ``answer`` replaces a page (path -> status, body), as a broken one would; ``delay_s`` makes every page late.
+    ``answer`` replaces a page (path, with or without its query -> status, body), as a broken one would; ``delay_s``
+    makes every page late.
     """
 
     def __init__(self, canary: str, stable: str) -> None:
@@ -113,7 +114,7 @@ class Exporter:
                 path = self.path.partition("?")[0]
                 page = exporter.pages.get(path)
                 status, body = (200, generate_latest(page)) if page else (404, b"")
-                status, body = exporter.answer.get(path, (status, body))
+                status, body = exporter.answer.get(self.path, exporter.answer.get(path, (status, body)))
                 time.sleep(exporter.delay_s)
                 with contextlib.suppress(ConnectionError):  # the client gave up
                     self.send_response(status)

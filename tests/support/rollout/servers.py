@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 import httpx
 import pytest
 import yaml
+from tests.support.certificates import CertificateFiles
 
 from reelway.platform.rollout.rules import canary_rules, scrape_example
 
@@ -31,6 +33,29 @@ def eventually(call: Callable[[], T], *, within_s: float = 15.0, every_s: float 
         assert time.monotonic() < deadline, f"not within {within_s:g} s; the last answer was {last!r}"
         time.sleep(every_s)
     return last
+
+
+@dataclass(frozen=True)
+class WebTls:
+    """TLS of a server's web port, which demands a client certificate of the same CA."""
+
+    server: CertificateFiles
+    client: CertificateFiles
+    ca: Path
+
+    def write(self, folder: Path) -> list[str]:
+        """Writes the file for ``--web.config.file`` and returns the argument."""
+        tls = {
+            "cert_file": str(self.server.cert), "key_file": str(self.server.key),
+            "client_auth_type": "RequireAndVerifyClientCert", "client_ca_file": str(self.ca),
+        }  # fmt: skip
+        (folder / "web.yaml").write_text(yaml.safe_dump({"tls_server_config": tls}))
+        return ["--web.config.file=web.yaml"]
+
+    def context(self) -> ssl.SSLContext:
+        context = ssl.create_default_context(cafile=str(self.ca))
+        context.load_cert_chain(*self.client)
+        return context
 
 
 @dataclass
@@ -62,7 +87,7 @@ class Server:
 
 
 @contextmanager
-def prometheus(folder: Path, *targets: str, alertmanager: str) -> Iterator[Server]:
+def prometheus(folder: Path, *targets: str, alertmanager: str, tls: WebTls | None = None) -> Iterator[Server]:
     """Prometheus with the shipped example configuration and rules, a short interval and targets from a file.
 
     Args:
@@ -79,23 +104,23 @@ def prometheus(folder: Path, *targets: str, alertmanager: str) -> Iterator[Serve
     (folder / "targets.json").write_text(_targets(targets))
     (folder / "prometheus.yaml").write_text(yaml.safe_dump(config))
     arguments = ["--config.file=prometheus.yaml", "--storage.tsdb.path=data", "--log.level=warn"]
-    with _server("prometheus", arguments, folder, free_address()) as server:
+    with _server("prometheus", arguments, folder, free_address(), tls) as server:
         yield server
 
 
 @contextmanager
-def alertmanager(folder: Path, address: str, webhook: str, token: str) -> Iterator[Server]:
-    """Alertmanager that delivers immediately to a webhook with a bearer token."""
-    authorization = {"type": "Bearer", "credentials": token}
+def alertmanager(folder: Path, address: str, webhook: str, token: str, tls: WebTls | None = None) -> Iterator[Server]:
+    """Alertmanager that delivers at once to a webhook, with a bearer token; ``tls`` contains the webhook's CA, too."""
+    client: dict[str, Any] = {"authorization": {"type": "Bearer", "credentials": token}}
+    if tls:
+        client["tls_config"] = {"ca_file": str(tls.ca)}
     config = {
         "route": {"receiver": "rollout", "group_by": ["release"], "group_wait": "0s", "group_interval": "1s"},
-        "receivers": [
-            {"name": "rollout", "webhook_configs": [{"url": webhook, "http_config": {"authorization": authorization}}]}
-        ],
+        "receivers": [{"name": "rollout", "webhook_configs": [{"url": webhook, "http_config": client}]}],
     }
     (folder / "alertmanager.yaml").write_text(yaml.safe_dump(config))
     arguments = ["--config.file=alertmanager.yaml", "--storage.path=data", "--cluster.listen-address="]
-    with _server("prometheus-alertmanager", arguments, folder, address) as server:
+    with _server("prometheus-alertmanager", arguments, folder, address, tls) as server:
         yield server
 
 
@@ -115,10 +140,14 @@ def free_address() -> str:
 
 
 @contextmanager
-def _server(program: str, arguments: list[str], folder: Path, address: str) -> Iterator[Server]:
+def _server(
+    program: str, arguments: list[str], folder: Path, address: str, tls: WebTls | None = None
+) -> Iterator[Server]:
     binary = shutil.which(program)
     if binary is None:
         pytest.skip(f"no {program} on the PATH; `make system-packages` installs it")
+    arguments = [*arguments, *(tls.write(folder) if tls else ())]
+    url = f"{'https' if tls else 'http'}://{address}"
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen([binary, *arguments, f"--web.listen-address={address}"], cwd=folder, stderr=log)
     try:
@@ -126,12 +155,13 @@ def _server(program: str, arguments: list[str], folder: Path, address: str) -> I
         def ready() -> bool:
             assert process.poll() is None, (folder / "log").read_text()
             try:
-                return httpx.get(f"http://{address}/-/ready", timeout=1, trust_env=False).is_success
+                verify = tls.context() if tls else True
+                return httpx.get(f"{url}/-/ready", timeout=1, trust_env=False, verify=verify).is_success
             except httpx.TransportError:
                 return False
 
         eventually(ready)
-        yield Server(f"http://{address}", process, folder)
+        yield Server(url, process, folder)
     finally:
         process.terminate()
         process.wait(timeout=10)

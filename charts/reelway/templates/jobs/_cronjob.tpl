@@ -10,8 +10,8 @@ metadata:
   labels: {{- include "reelway.labels" (dict "context" .context "component" "jobs") | nindent 4 }}
 spec:
   schedule: {{ $job.schedule | quote }}
-  timeZone: {{ $job.timeZone }}
-  suspend: {{ $job.suspend }}
+  timeZone: {{ $job.timeZone | toJson }}
+  suspend: {{ $job.suspend | toJson }}
   concurrencyPolicy: Forbid
   startingDeadlineSeconds: 600
   successfulJobsHistoryLimit: 3
@@ -34,9 +34,9 @@ spec:
             - {name: tmp, emptyDir: {sizeLimit: 64Mi}}
           containers:
             - name: create
-              image: {{ include "reelway.image" (dict "context" .context "of" $v.image.operator) }}
-              imagePullPolicy: {{ $v.image.pullPolicy }}
-              command: [python, /etc/reelway/jobs/create_rayjob.py, /etc/reelway/jobs/{{ .kind }}.yaml, {{ $v.jobs.historyLimit | quote }}]
+              image: {{ include "reelway.image" (dict "context" .context "of" $v.image.operator) | quote }}
+              imagePullPolicy: {{ $v.image.pullPolicy | toJson }}
+              command: [python, /etc/reelway/jobs/create_rayjob.py, /etc/reelway/jobs/{{ .kind }}.yaml, {{ $v.jobs.historyLimit | toJson | quote }}]
               securityContext: {{- include "reelway.containerSecurity" .context | nindent 16 }}
               env:
                 - name: POD_NAMESPACE

@@ -29,8 +29,8 @@ groups:
         expr: |
           {{ $objective.record }}{{ $burn.long }} > {{ $limit }}
           and {{ $objective.record }}{{ $burn.short }} > {{ $limit }}
-        for: {{ ternary "2m" "15m" (eq $burn.pace "Fast") }}
-        labels: {severity: {{ $burn.severity }}}
+        for: {{ ternary "2m" "15m" (eq $burn.pace "Fast") | toJson }}
+        labels: {severity: {{ $burn.severity | toJson }}}
         annotations:
           summary: '{{ "{{ $value | humanizePercentage }}" }} {{ $objective.what }} on arm {{ "{{ $labels.arm }}" }} in the last {{ $burn.long }}, {{ $burn.rate }} times the budget'
       {{- end }}

@@ -22,7 +22,7 @@ podSelector:
 {{- define "reelway.apiServerEgress" -}}
 {{- $api := .Values.networkPolicies.apiServer -}}
 - ports:
-    - {protocol: TCP, port: {{ $api.port }}}
+    - {protocol: TCP, port: {{ $api.port | toJson }}}
     {{- if ne (int $api.port) 6443 }}
     # The Service's port is translated before policies apply.
     - {protocol: TCP, port: 6443}
@@ -30,7 +30,7 @@ podSelector:
   {{- with $api.cidrs }}
   to:
     {{- range . }}
-    - ipBlock: {cidr: {{ . }}}
+    - ipBlock: {cidr: {{ . | toJson }}}
     {{- end }}
   {{- end }}
 {{- end -}}

@@ -1,17 +1,20 @@
 {{/* Settings file of `reelway operator`, which fills in the names in single braces. Secrets are paths of mounted files. */}}
 {{- define "reelway.operatorSettings" -}}
 {{- $v := .Values -}}
-interval_s: {{ $v.operator.intervalSeconds }}
+interval_s: {{ $v.operator.intervalSeconds | toJson }}
 webhook:
-  host: 0.0.0.0
-  port: {{ $v.operator.port }}
+  port: {{ $v.operator.port | toJson }}
   token_file: /etc/reelway/tokens/webhook
+  {{- if $v.operator.webhookTls.secret }}
+  cert_file: /etc/reelway/tls/webhook/tls.crt
+  key_file: /etc/reelway/tls/webhook/tls.key
+  {{- end }}
 lease:
   name: {{ include "reelway.fullname" . }}-operator
 ray:
   token_file: /etc/reelway/tokens/ray
   {{- if $v.serving.enabled }}
-  service: {{ include "reelway.fullname" . }}
+  service: {{ include "reelway.fullname" . | quote }}
   {{- end }}
   dashboard_url: http://{name}-head-svc.{namespace}.svc:8265
   internal_url: http://{name}-head-svc.{namespace}.svc:{{ $v.serving.internalPort }}
@@ -23,9 +26,22 @@ ranker_template: /etc/reelway/ranker/inference-service.yaml
 {{- end }}
 prometheus:
   {{- include "reelway.operatorSource" (dict "name" "prometheus" "url" $v.operator.prometheusUrl "access" $v.operator.prometheusAccess) | nindent 2 }}
-  labels: {{- toYaml $v.operator.prometheusAccess.labels | nindent 4 }}
+  labels: {{- toYaml ($v.operator.prometheusAccess.labels | default dict) | nindent 4 }}
 alertmanager:
   {{- include "reelway.operatorSource" (dict "name" "alertmanager" "url" $v.operator.alertmanagerUrl "access" $v.operator.alertmanagerAccess) | nindent 2 }}
+{{- end -}}
+
+{{/* Scheme of the operator's port, which is also the one of its probes. */}}
+{{- define "reelway.webhookScheme" -}}
+{{- if .Values.operator.webhookTls.secret }}HTTPS{{ else }}HTTP{{ end -}}
+{{- end -}}
+
+{{/* How Prometheus and Alertmanager verify the operator's certificate; empty without one. */}}
+{{- define "reelway.webhookTlsConfig" -}}
+{{- with .Values.operator.webhookTls.secret -}}
+ca: {secret: {name: {{ . }}, key: ca.crt}}
+serverName: {{ include "reelway.fullname" $ }}-operator.{{ $.Release.Namespace }}.svc
+{{- end -}}
 {{- end -}}
 
 {{/* URL and credentials of Prometheus or Alertmanager. null selects the operator's default. */}}
@@ -33,6 +49,9 @@ alertmanager:
 url: {{ .url | default nil | toJson }}
 token_file: {{ ternary (printf "/etc/reelway/monitoring/%s.token" .name) nil (not (empty .access.tokenSecret)) | toJson }}
 ca_file: {{ ternary (printf "/etc/reelway/monitoring/%s.ca.crt" .name) nil (not (empty .access.caConfigMap)) | toJson }}
+cert_file: {{ ternary (printf "/etc/reelway/monitoring/%s.tls.crt" .name) nil (not (empty .access.clientSecret)) | toJson }}
+key_file: {{ ternary (printf "/etc/reelway/monitoring/%s.tls.key" .name) nil (not (empty .access.clientSecret)) | toJson }}
+server_name: {{ .access.serverName | quote }}
 {{- end -}}
 
 {{/* Volume sources of the credentials for Prometheus and Alertmanager; empty if both need none. */}}
@@ -41,10 +60,13 @@ ca_file: {{ ternary (printf "/etc/reelway/monitoring/%s.ca.crt" .name) nil (not 
 {{- range $name := list "prometheus" "alertmanager" }}
 {{- $access := index $v.operator (printf "%sAccess" $name) }}
 {{- with $access.tokenSecret }}
-- secret: {name: {{ . }}, items: [{key: token, path: {{ $name }}.token}]}
+- secret: {name: {{ . | toJson }}, items: [{key: token, path: {{ $name }}.token}]}
 {{- end }}
 {{- with $access.caConfigMap }}
-- configMap: {name: {{ . }}, items: [{key: ca.crt, path: {{ $name }}.ca.crt}]}
+- configMap: {name: {{ . | toJson }}, items: [{key: ca.crt, path: {{ $name }}.ca.crt}]}
+{{- end }}
+{{- with $access.clientSecret }}
+- secret: {name: {{ . }}, items: [{key: tls.crt, path: {{ $name }}.tls.crt}, {key: tls.key, path: {{ $name }}.tls.key}]}
 {{- end }}
 {{- end }}
 {{- end -}}

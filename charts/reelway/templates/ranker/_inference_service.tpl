@@ -28,7 +28,7 @@ metadata:
   annotations:
     {{- with .owner }}
     # The operator makes the ConfigMap of this name the owner, so that uninstalling removes the InferenceService.
-    reelway.dev/owner: {{ . }}
+    reelway.dev/owner: {{ . | toJson }}
     {{- end }}
     serving.kserve.io/deploymentMode: Standard
     {{- if $r.autoscaling.enabled }}
@@ -38,13 +38,13 @@ metadata:
     {{- end }}
 spec:
   predictor:
-    minReplicas: {{ $r.replicas }}
+    minReplicas: {{ $r.replicas | toJson }}
     {{- if $r.autoscaling.enabled }}
-    maxReplicas: {{ $r.autoscaling.maxReplicas }}
+    maxReplicas: {{ $r.autoscaling.maxReplicas | toJson }}
     scaleMetric: cpu
-    scaleTarget: {{ $r.autoscaling.cpuPercent }}
+    scaleTarget: {{ $r.autoscaling.cpuPercent | toJson }}
     {{- else }}
-    maxReplicas: {{ $r.replicas }}
+    maxReplicas: {{ $r.replicas | toJson }}
     {{- end }}
     # A new replica starts before an old one ends, so that a ready replica always exists.
     deploymentStrategy:
@@ -53,25 +53,25 @@ spec:
     serviceAccountName: {{ include "reelway.fullname" .context }}-serving
     automountServiceAccountToken: false
     enableServiceLinks: false
-    terminationGracePeriodSeconds: {{ $r.terminationGracePeriodSeconds }}
+    terminationGracePeriodSeconds: {{ $r.terminationGracePeriodSeconds | toJson }}
     securityContext: {{- include "reelway.podSecurity" .context | nindent 6 }}
     {{- include "reelway.pullSecrets" .context | nindent 4 }}
     {{- with include "reelway.servingPriority" .context }}
-    priorityClassName: {{ . }}
+    priorityClassName: {{ . | toJson }}
     {{- end }}
     {{- include "reelway.scheduling" (dict "of" $r) | nindent 4 }}
     volumes:
       - {name: tmp, emptyDir: {sizeLimit: 256Mi}}
-      - {name: cache, emptyDir: {sizeLimit: {{ $v.serving.releaseCache.size }}}}
+      - {name: cache, emptyDir: {sizeLimit: {{ $v.serving.releaseCache.size | toJson }}}}
       {{- include "reelway.publicKeysVolume" .context | nindent 6 }}
       {{- if eq (include "reelway.storeOnVolume" .context) "true" }}
-      - {name: releases, persistentVolumeClaim: {claimName: {{ include "reelway.storeClaim" .context }}, readOnly: true}}
+      - {name: releases, persistentVolumeClaim: {claimName: {{ include "reelway.storeClaim" .context | quote }}, readOnly: true}}
       {{- end }}
     initContainers:
       # A release that is rejected ends this container with exit code 6 and the reason.
       - name: fetch-release
-        image: {{ include "reelway.image" (dict "context" .context "of" $v.image.serving) }}
-        imagePullPolicy: {{ $v.image.pullPolicy }}
+        image: {{ include "reelway.image" (dict "context" .context "of" $v.image.serving) | quote }}
+        imagePullPolicy: {{ $v.image.pullPolicy | toJson }}
         command: [reelway, release, fetch]
         args:
           - {{ .releaseId | quote }}
@@ -93,38 +93,38 @@ spec:
           {{- end }}
     containers:
       - name: kserve-container
-        image: {{ include "reelway.image" (dict "context" .context "of" $v.image.serving) }}
-        imagePullPolicy: {{ $v.image.pullPolicy }}
+        image: {{ include "reelway.image" (dict "context" .context "of" $v.image.serving) | quote }}
+        imagePullPolicy: {{ $v.image.pullPolicy | toJson }}
         command: [reelway, rank-server]
         args:
           - --release-dir=/var/cache/reelway/releases/{{ .releaseId }}
-          - --http-port={{ $r.ports.http }}
-          - --grpc-port={{ $r.ports.grpc }}
-          - --threads={{ $r.threads }}
-          - --max-queued-requests={{ $r.maxQueuedRequests }}
-          - --max-candidates={{ $r.maxCandidates }}
-          - --drain-seconds={{ $r.drainSeconds }}
+          - --http-port={{ $r.ports.http | toJson }}
+          - --grpc-port={{ $r.ports.grpc | toJson }}
+          - --threads={{ $r.threads | toJson }}
+          - --max-queued-requests={{ $r.maxQueuedRequests | toJson }}
+          - --max-candidates={{ $r.maxCandidates | toJson }}
+          - --drain-seconds={{ $r.drainSeconds | toJson }}
           - --grace-seconds={{ sub (int $r.terminationGracePeriodSeconds) (add (int $r.drainSeconds) 2) }}
         securityContext: {{- include "reelway.containerSecurity" .context | nindent 10 }}
         env:
           - {name: OMP_NUM_THREADS, value: "1"}
         ports:
           # KServe's Service maps its port 80 to the first port, and every other port to itself.
-          - {name: http1, containerPort: {{ $r.ports.http }}, protocol: TCP}
-          - {name: h2c, containerPort: {{ $r.ports.grpc }}, protocol: TCP}
+          - {name: http1, containerPort: {{ $r.ports.http | toJson }}, protocol: TCP}
+          - {name: h2c, containerPort: {{ $r.ports.grpc | toJson }}, protocol: TCP}
         # The server listens when the ranker is loaded and one request has passed through it.
         startupProbe:
-          httpGet: {path: /v2/health/ready, port: {{ $r.ports.http }}}
+          httpGet: {path: /v2/health/ready, port: {{ $r.ports.http | toJson }}}
           periodSeconds: 2
           timeoutSeconds: 2
           failureThreshold: 60
         readinessProbe:
-          httpGet: {path: /v2/health/ready, port: {{ $r.ports.http }}}
+          httpGet: {path: /v2/health/ready, port: {{ $r.ports.http | toJson }}}
           periodSeconds: 2
           timeoutSeconds: 2
           failureThreshold: 2
         livenessProbe:
-          httpGet: {path: /v2/health/live, port: {{ $r.ports.http }}}
+          httpGet: {path: /v2/health/live, port: {{ $r.ports.http | toJson }}}
           periodSeconds: 10
           timeoutSeconds: 5
           failureThreshold: 3

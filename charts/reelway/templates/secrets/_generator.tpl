@@ -17,7 +17,7 @@ metadata:
   labels: {{- include "reelway.podLabels" (dict "context" . "component" "secrets") | nindent 4 }}
 spec:
   restartPolicy: OnFailure
-  serviceAccountName: {{ include "reelway.generatorName" . }}
+  serviceAccountName: {{ include "reelway.generatorName" . | quote }}
   enableServiceLinks: false
   securityContext: {{- include "reelway.podSecurity" . | nindent 4 }}
   {{- include "reelway.pullSecrets" . | nindent 2 }}
@@ -25,13 +25,13 @@ spec:
     - {name: tmp, emptyDir: {sizeLimit: 64Mi}}
   containers:
     - name: create
-      image: {{ include "reelway.image" (dict "context" . "of" .Values.image.operator) }}
-      imagePullPolicy: {{ .Values.image.pullPolicy }}
+      image: {{ include "reelway.image" (dict "context" . "of" .Values.image.operator) | quote }}
+      imagePullPolicy: {{ .Values.image.pullPolicy | toJson }}
       command: [python, -c]
       args:
         - |
           {{- .Files.Get "files/programs/create_secret.py" | nindent 10 }}
-        - {{ include "reelway.secretName" . }}
+        - {{ include "reelway.secretName" . | quote }}
         - auth_token
         - impression-tokens
         - webhook-token

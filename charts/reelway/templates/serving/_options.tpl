@@ -15,33 +15,33 @@ initial:
 metrics_dir: /var/run/reelway/metrics
 features_dir: {{ include "reelway.featuresFolder" . | default "null" }}
 vector_log: {{ if include "reelway.parityEnabled" . }}{{ include "reelway.vectorLog" . | quote }}{{ else }}null{{ end }}
-parity_ratio: {{ $s.parity.ratio }}
+parity_ratio: {{ $s.parity.ratio | toJson }}
 outcomes: {{ if $s.outcomes.enabled }}{{ include "reelway.outcomesFolder" . }}/outcomes.db{{ else }}null{{ end }}
 events: {{ .Values.eventLog.address | default nil | toJson }}
-host: 0.0.0.0
-port: {{ $s.port }}
+host: {{ include "reelway.serveHost" . | quote }}
+port: {{ $s.port | toJson }}
 composition: staged
 access:
   {{- include "reelway.accessOptions" . | nindent 2 }}
-max_ongoing_requests: {{ $s.queue.maxOngoingRequests }}
-max_ongoing_sustained: {{ $s.queue.maxOngoingSustained }}
+max_ongoing_requests: {{ $s.queue.maxOngoingRequests | toJson }}
+max_ongoing_sustained: {{ $s.queue.maxOngoingSustained | toJson }}
 ranker_address: {{ if include "reelway.kserveEnabled" . }}{{ include "reelway.rankerAddress" . | trim | quote }}{{ else }}null{{ end }}
 budgets:
-  viewer_row: {{ $s.budgetsMs.viewerRow }}
-  retrieval: {{ $s.budgetsMs.retrieval }}
-  ranking: {{ $s.budgetsMs.ranking }}
-  reranking: {{ $s.budgetsMs.reranking }}
+  viewer_row: {{ $s.budgetsMs.viewerRow | toJson }}
+  retrieval: {{ $s.budgetsMs.retrieval | toJson }}
+  ranking: {{ $s.budgetsMs.ranking | toJson }}
+  reranking: {{ $s.budgetsMs.reranking | toJson }}
 deployments:
   {{- range $name := list "router" "retrieval" "ranking" "reranking" }}
   {{- $deployment := get $s.deployments $name }}
   {{ $name }}:
-    num_replicas: {{ $deployment.replicas }}
-    num_cpus: {{ $deployment.cpus }}
-    num_gpus: {{ $deployment.gpus }}
+    num_replicas: {{ $deployment.replicas | toJson }}
+    num_cpus: {{ $deployment.cpus | toJson }}
+    num_gpus: {{ $deployment.gpus | toJson }}
     memory_bytes: {{ mul (int64 $deployment.memoryMiB) 1048576 }}
     {{- with $deployment.autoscaling }}
     {{- if .enabled }}
-    autoscaling: {min_replicas: {{ .min }}, max_replicas: {{ .max }}, target_ongoing_requests: {{ .ongoingRequests }}}
+    autoscaling: {min_replicas: {{ .min | toJson }}, max_replicas: {{ .max | toJson }}, target_ongoing_requests: {{ .ongoingRequests | toJson }}}
     {{- end }}
     {{- end }}
   {{- end }}

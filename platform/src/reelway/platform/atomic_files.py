@@ -1,22 +1,28 @@
 """Files and folders written atomically: complete or absent, even after a crash or on a full disk.
 
-The content is written beside the target, synced and renamed. What SIGKILL leaves behind is a hidden temporary file.
+The content is written beside the target, synced and renamed. What SIGKILL leaves behind is a hidden temporary file or
+folder; ``atomic_directory`` removes the folders of earlier writers after ``ABANDONED_S``.
 """
 
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from reelway.platform.errors import StorageError
+
+ABANDONED_S: Final = 3 * 86_400.0
+"""Seconds after which a temporary folder belongs to a writer that was killed."""
 
 
 def fsync_directory(folder: Path) -> None:
@@ -66,6 +72,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(path)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
@@ -90,6 +97,14 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Removes the temporary folders of ``path`` that no writer can still use."""
+    for folder in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        with suppress(FileNotFoundError):  # another writer removes it
+            if folder.is_dir() and time.time() - folder.stat().st_mtime > ABANDONED_S:
+                shutil.rmtree(folder)
 
 
 def write_json(path: Path, value: Any) -> None:

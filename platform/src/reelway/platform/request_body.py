@@ -15,7 +15,7 @@ all of it before the client ends  400     ``BodyCutOffError``; the client does n
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
@@ -87,17 +87,49 @@ async def read_body(scope: Scope, receive: Receive, limit: BodyLimit) -> bytes:
     try:
         async with asyncio.timeout(limit.timeout_s):
             while more:
-                message = await receive()
-                if message["type"] != "http.request":
-                    raise BodyCutOffError(f"the connection ended after {size} bytes of the body, expected all of it")
-                more = message.get("more_body", False)
-                chunks.append(message.get("body", b""))
-                size += len(chunks[-1])
-                if size > limit.max_bytes:
-                    raise _too_long(limit)
+                chunk, more = _piece(await receive(), size, limit)
+                chunks.append(chunk)
+                size += len(chunk)
     except TimeoutError as error:
-        raise BodyLateError(f"{size} bytes of the body arrived in {limit.timeout_s:g} s, expected all of it") from error
+        raise _late(size, limit.timeout_s) from error
     return b"".join(chunks)
+
+
+async def stream_body(scope: Scope, receive: Receive, limit: BodyLimit) -> AsyncIterator[bytes]:
+    """Yields the body piece by piece.
+
+    Each piece must arrive within ``BODY_TIMEOUT_S``, and all of them, with the time that the caller spends on them,
+    within ``limit.timeout_s``.
+
+    Raises:
+        RequestBodyError: see the module.
+    """
+    _check_headers(scope, limit)
+    deadline = asyncio.get_running_loop().time() + limit.timeout_s
+    size, more = 0, True
+    while more:
+        wait_s = min(BODY_TIMEOUT_S, deadline - asyncio.get_running_loop().time())
+        try:
+            message = await asyncio.wait_for(receive(), wait_s)
+        except TimeoutError as error:
+            raise _late(size, BODY_TIMEOUT_S if wait_s == BODY_TIMEOUT_S else limit.timeout_s) from error
+        chunk, more = _piece(message, size, limit)
+        size += len(chunk)
+        yield chunk
+
+
+def _piece(message: Message, size: int, limit: BodyLimit) -> tuple[bytes, bool]:
+    """Returns the next piece of a body of which ``size`` bytes were received, and whether more follow."""
+    if message["type"] != "http.request":
+        raise BodyCutOffError(f"the connection ended after {size} bytes of the body, expected all of it")
+    chunk = message.get("body", b"")
+    if size + len(chunk) > limit.max_bytes:
+        raise _too_long(limit)
+    return chunk, message.get("more_body", False)
+
+
+def _late(size: int, timeout_s: float) -> BodyLateError:
+    return BodyLateError(f"{size} bytes of the body arrived in {timeout_s:g} s, expected all of it")
 
 
 def replay_body(body: bytes, receive: Receive) -> Receive:

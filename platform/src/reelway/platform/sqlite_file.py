@@ -36,6 +36,12 @@ def immediate_transaction(db: sqlite3.Connection) -> Iterator[None]:
         raise
 
 
+def is_held_elsewhere(error: StorageError) -> bool:
+    """Returns whether a ``SqliteFile`` raised the error because another process holds the file."""
+    cause = error.__cause__
+    return isinstance(cause, sqlite3.OperationalError) and cause.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
+
+
 @dataclass(frozen=True, slots=True)
 class SqliteFormat:
     """What one kind of file contains.
@@ -114,6 +120,27 @@ class SqliteFile:
         """A transaction: on disk when the block ends, rolled back if the block raises."""
         with self.translated_errors(), immediate_transaction(self.connection):
             yield self.connection
+
+    @contextmanager
+    def erasing(self) -> Iterator[sqlite3.Connection]:
+        """A writing transaction that overwrites what it deletes with zeros."""
+        with self.translated_errors():
+            self.connection.execute("PRAGMA secure_delete = ON")
+            try:
+                with immediate_transaction(self.connection):
+                    yield self.connection
+            finally:
+                self.connection.execute("PRAGMA secure_delete = OFF")
+
+    def truncate_wal(self) -> bool:
+        """Moves the write-ahead log into the file and empties it, so that it holds no earlier content.
+
+        Returns:
+            False if another connection still reads the write-ahead log; call it again later.
+        """
+        with self.translated_errors():
+            (busy, *_) = self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            return not busy
 
     @contextmanager
     def translated_errors(self) -> Iterator[None]:

@@ -20,6 +20,8 @@ from reelway.platform.contracts.events import Arm
 from reelway.platform.errors import ConfigError, TokenError
 from reelway.platform.rollout.policy import Slice
 
+SECRET_VARIABLE: Final = "REELWAY_TOKEN_SECRET"
+"""Environment variable of the secrets that sign tokens, separated by commas. The first secret signs; all verify."""
 MAC_BYTES: Final = 16
 SECRET_MIN_BYTES: Final = 16
 ROLLOUT_MAX_BYTES: Final = 63

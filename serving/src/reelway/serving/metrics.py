@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
-from prometheus_client.multiprocess import MultiProcessCollector
 
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.rollout import metric_names
 from reelway.platform.telemetry import age_gauge, counter, gauge, histogram
+from reelway.serving.metric_files import NodeCollector, merge_dead_files
 from reelway.serving.stages.arrays import SOURCES, Candidates, Slate
 
 FOLDER_VARIABLE: Final = "PROMETHEUS_MULTIPROC_DIR"
@@ -237,7 +237,12 @@ class IntakeMetrics:
     """Metrics of a router's ``POST /v1/outcomes``."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.refused = counter(metric_names.REFUSED, "Reported outcomes with an invalid token or value.", [], registry)
+        self.refused = counter(
+            metric_names.REFUSED, "Reported outcomes with an invalid token or value, and late ones.", [], registry
+        )
+        self.repeated = counter(
+            "reelway_outcomes_repeated_total", "Accepted outcomes that were in the event log already.", [], registry
+        )
         self.memory_failures = counter(
             "reelway_outcomes_memory_failures_total",
             "Requests that were answered before their outcomes were in the viewers' memories; the write is repeated.",
@@ -318,9 +323,9 @@ def render_metrics(folder: Path | None, process_registry: CollectorRegistry) -> 
     """
     if folder is None:
         return generate_latest(process_registry)
-    _remove_dead_gauges(folder)
+    merge_dead_files(folder)
     registry = CollectorRegistry()
-    MultiProcessCollector(registry, path=str(folder))  # type: ignore[no-untyped-call]
+    NodeCollector(registry, folder)
     return generate_latest(registry)
 
 
@@ -328,11 +333,3 @@ def multiprocess_dir() -> Path | None:
     """Returns the metrics directory of this start of the service, if one is configured."""
     name = os.environ.get(FOLDER_VARIABLE)
     return Path(name) if name else None
-
-
-def _remove_dead_gauges(folder: Path) -> None:
-    """Removes the gauges of processes that have died; their counters stay valid."""
-    for file in folder.glob("gauge_live*_*.db"):
-        pid = file.stem.rpartition("_")[2]
-        if pid.isdigit() and not Path("/proc", pid).exists():
-            file.unlink(missing_ok=True)

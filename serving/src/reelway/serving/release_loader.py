@@ -29,6 +29,7 @@ from reelway.platform.contracts.release_files import NEIGHBOURS_SCHEMA
 from reelway.platform.errors import IncompatibleReleaseError
 from reelway.platform.eventlog.live_lists_file import POPULAR, TRENDING
 from reelway.platform.features.viewer_memory import ViewerMemory
+from reelway.platform.release.cache import ReleaseCache, ReleaseUse
 from reelway.platform.release.folder import read_manifest
 from reelway.platform.release.signing import check_signature, load_public_keys
 from reelway.platform.release.store import ReleaseStore
@@ -60,7 +61,8 @@ from reelway.serving.video_table import Rows, VideoTable, open_record_batch, ope
 def open_trusted(source: ReleaseArgs, takedowns: TakedownFollower | None = None) -> ReleaseLoader:
     """Returns the loader of a release and fetches the release if the cache lacks it.
 
-    Blocks. Several processes may call this function for the same cache.
+    The release is in use until its video table is garbage; unused releases are removed from the cache. Blocks. Several
+    processes may call this function for the same cache.
 
     Args:
         takedowns: hides what is taken down in the release's video table.
@@ -71,9 +73,12 @@ def open_trusted(source: ReleaseArgs, takedowns: TakedownFollower | None = None)
         DigestMismatchError: if the fetched files are not those of the release.
         SignatureError: if no trusted key has signed the release.
     """
-    folder = ReleaseStore(source.release_store).fetch(ReleaseId(source.release), source.release_cache)
+    cache, release = ReleaseCache(source.release_cache), ReleaseId(source.release)
+    cache.prune()
+    use = cache.hold(release)  # ends with the object, also if the release is rejected
+    folder = ReleaseStore(source.release_store).fetch(release, source.release_cache)
     check_signature(read_manifest(folder), load_public_keys(source.public_keys))
-    return ReleaseLoader(folder, overlay=source.overlay, takedowns=takedowns)
+    return ReleaseLoader(folder, overlay=source.overlay, takedowns=takedowns, use=use)
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,7 @@ class ReleaseLoader:
         takedowns: hides what is taken down in the video table; None: nothing is hidden. The first use of the table
             waits until the takedowns are read, and raises ``StorageError`` if they cannot be read.
         clock: Unix seconds; the age of the live lists is measured by it.
+        use: keeps the release in the node's cache.
 
     Every method raises ``IncompatibleReleaseError`` if a file does not have its format.
     """
@@ -96,6 +102,7 @@ class ReleaseLoader:
     overlay: str | None = None
     takedowns: TakedownFollower | None = None
     clock: Callable[[], float] = time.time
+    use: ReleaseUse | None = None
 
     def release_id(self) -> str:
         """Returns the full id of the release."""
@@ -108,6 +115,7 @@ class ReleaseLoader:
     @cached_property
     def _table(self) -> VideoTable:
         table = open_video_table(self.folder / VIDEOS_FILE)
+        table.release_use = self.use
         if self.overlay:
             start_follower(table, self.overlay, self.release_id())
         if self.takedowns:

@@ -1,14 +1,13 @@
 """``reelway serve`` serves a run's release over HTTP; ``reelway recommend`` prints one viewer's slate.
 
-However ``serve`` is stopped, it also stops Ray, Serve, every replica and the local controller. It does not start if
-``verify`` rejects the release, if the port is in use, or if the run is being served already.
+However ``serve`` is stopped, it also stops Ray, Serve, every replica and the local controller within ``STOP_LIMIT_S``.
+It does not start if ``verify`` rejects the release, if the port is in use, or if the run is being served already.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 import signal
 import time
@@ -23,19 +22,25 @@ from rich.markup import escape
 from rich.table import Table
 
 from reelway.platform.atomic_files import ensure_private_token, write_json
-from reelway.platform.cli.processes import child_process, reelway_command
+from reelway.platform.cli.processes import ChildProcesses, reelway_command
+from reelway.platform.cli.supervisor import command_pid, supervise
 from reelway.platform.cli.terminal import print_status, stderr_console, stdout_console
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.errors import ConfigError, FeatureError, ServingError
 from reelway.platform.rollout.traffic.serving_options import Composition
 from reelway.platform.run_directory import RunDirectory
 from reelway.serving.free_ports import check_port_free, find_free_port
+from reelway.serving.serve_settings import serve_host
 
 if TYPE_CHECKING:
     from reelway.platform.release.verify import VerifiedRelease
 
 LIVE_RELEASE: Final = "live"
 WARM_UP_REQUESTS: Final = 20
+STOP_LIMIT_S: Final = 12.0
+"""Seconds from a stop signal until what has not ended is killed. A caller that stops this command waits longer."""
+BACKGROUND_STOP_LIMIT_S: Final = 1.0
+"""Seconds for the controller and the streams after Ray has stopped; they are told to stop before Serve is."""
 SERVING_RECORD: Final = "serving.json"
 RAY_TOKEN: Final = "ray.token"
 """Token file in the run's key folder. A client with the token can change what Ray Serve runs."""
@@ -59,7 +64,7 @@ def serve(
         help="Release id or a unique prefix of one, 'latest', or 'live': the release that the last rollout left live, "
         "or the latest if there was no rollout.",
     ),
-    host: str = typer.Option("127.0.0.1", help="IP address to listen on; 0.0.0.0 listens on all interfaces."),
+    host: str = typer.Option("127.0.0.1", help="IP address to listen on; * listens on all interfaces."),
     port: int = typer.Option(8000, min=0, max=65535, help="Port to listen on; 0 chooses a free port."),
     internal_port: int = typer.Option(
         0,
@@ -119,7 +124,7 @@ def serve(
       reelway serve --run runs/demo --auth auth.yaml
     """
     directory = RunDirectory(run)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores SIGINT for background processes
+    supervise(STOP_LIMIT_S)
     with exclusive_serving_lock(directory):
         verified = _verified(directory, release)
         if max_ongoing_sustained and max_ongoing_sustained > max_ongoing_requests:
@@ -127,6 +132,7 @@ def serve(
                 f"--max-ongoing-sustained {max_ongoing_sustained}: larger than --max-ongoing-requests "
                 f"{max_ongoing_requests}; lower it"
             )
+        host = serve_host(host)
         port = find_free_port(host) if port == 0 else check_port_free(host, port)
         from reelway.platform.rollout.traffic.routing import Routing
         from reelway.platform.rollout.traffic.serving_options import Deployments, ReleaseStoreArgs, ServingOptions
@@ -165,7 +171,7 @@ def serve(
         )
         credential = InternalCredential(read_token_secrets(options.token_secrets))
         release_id = verified.manifest.release_id
-        with ExitStack() as stack:
+        with ChildProcesses(BACKGROUND_STOP_LIMIT_S) as background, ExitStack() as stack:
             with stderr_console.status("starting Ray and the stages"):
                 routing = Routing.single_release(release_id)
                 token = directory.keys / RAY_TOKEN
@@ -174,17 +180,18 @@ def serve(
             record = {
                 "url": service.url,
                 "internal_url": service.internal_url,
-                "pid": os.getpid(),
+                "pid": command_pid(),
                 "release": release_id,
                 "serve_api": service.serve_api,
             }
             stack.enter_context(_record(directory, record))
+            stack.callback(background.interrupt)  # they stop while Serve does
             if controller:
-                stack.enter_context(_background_process(directory, "rollout", "controller"))
+                _start_in_background(background, directory, "rollout", "controller")
             if live:
-                stack.enter_context(_background_process(directory, "stream", "overlay"))
+                _start_in_background(background, directory, "stream", "overlay")
             if live and options.features_dir:
-                stack.enter_context(_background_process(directory, "stream"))
+                _start_in_background(background, directory, "stream")
             stdout_console.print(f"serving release {short_id(release_id)} at {service.url}", highlight=False)
             print_status(f"internal API at {service.internal_url}; {describe_access(options.access)}")
             print_status(f"Press Ctrl-C to stop. Try: reelway recommend --url {service.url} --viewer 1")
@@ -293,13 +300,11 @@ def _token_secrets(run: RunDirectory) -> Path:
     return path
 
 
-@contextmanager
-def _background_process(run: RunDirectory, *command: str) -> Iterator[None]:
-    """Runs a `reelway` command of this run while the block runs, with a log of its own in the run directory."""
+def _start_in_background(children: ChildProcesses, run: RunDirectory, *command: str) -> None:
+    """Starts a `reelway` command of this run with a log of its own in the run directory."""
     log = run.path / command[0] / f"{command[-1]}.log"
     log.parent.mkdir(exist_ok=True)
-    with child_process(reelway_command(*command, "--run", str(run.path)), log=log):
-        yield
+    children.start(reelway_command(*command, "--run", str(run.path)), log)
 
 
 def _empty_directory(folder: Path) -> Path:

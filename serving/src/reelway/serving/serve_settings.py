@@ -11,6 +11,8 @@ import socket
 from pathlib import Path
 from typing import Final
 
+from reelway.platform.listen_address import resolve_host
+
 SLOW_REQUEST_S: Final = 5
 """Seconds after which HAProxy answers 408 to a request whose headers and body have not arrived."""
 _BALANCING: Final = (
@@ -63,6 +65,16 @@ def apply_settings() -> None:
     """Sets the variables in this process's environment, except those that are set already."""
     for name, value in SERVE_SETTINGS.items():
         os.environ.setdefault(name, value)
+
+
+def serve_host(host: str) -> str:
+    """Returns the address for Ray Serve's HTTP host: ``*`` and ``::`` become all interfaces, IPv4 and IPv6.
+
+    Given ``::`` or ``0.0.0.0``, Ray makes HAProxy listen at IPv4's interfaces only. ``::0`` is the same address as
+    ``::`` in a notation that Ray passes on.
+    """
+    address = resolve_host(host)
+    return "::0" if address == "::" else address
 
 
 def haproxy_paths_and_ports(folder: Path) -> dict[str, str]:

@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Final
 
 from reelway.platform.errors import ConfigError
-
-SECRET_VARIABLE: Final = "REELWAY_TOKEN_SECRET"
-"""Environment variable of the secrets, separated by commas. The first secret signs; all of them verify."""
+from reelway.platform.tokens import SECRET_VARIABLE
 
 
 def read_token_secrets(path: Path | None) -> tuple[bytes, ...]:

@@ -107,6 +107,7 @@ class VideoTable:
 
     def __init__(self, batch: pa.RecordBatch) -> None:
         self._batch = batch  # keeps the mapping alive
+        self.release_use: object = None  # keeps the release in the node's cache
         embedding = _matrix(batch, "embedding")
         expected = videos_schema(embedding.shape[1])
         if not batch.schema.equals(expected):

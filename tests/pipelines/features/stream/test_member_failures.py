@@ -103,6 +103,11 @@ class CollectedRows:
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
+        self.erased: list[int] = []
+
+    def erase_viewers(self, viewer_ids: list[int]) -> None:
+        self.erased += viewer_ids
+        self.rows = [row for row in self.rows if row["viewer_id"] not in viewer_ids]
 
     def write_viewer_rows(self, view: str, rows: pa.Table) -> None:
         assert view == "viewer_activity"
@@ -114,13 +119,24 @@ def row_of(viewer: int, **fields: int) -> tuple[bytes, bytes]:
 
 
 def test_unreadable_rows_are_skipped_and_counted(registry: CollectorRegistry) -> None:
-    """A tombstone, a text, a row without a field of this version, and a row of an unknown view."""
+    """A tombstone of an unknown view, a text, a row without a field of this version, and a row of an unknown view."""
     sinks = CollectedRows()
     delivery = ViewerRowDelivery(sinks, {"viewer_activity": SCHEMA}, StreamMetrics(registry))  # type: ignore[arg-type]
-    unreadable = [(b"viewer_activity:1", None), (b"text", b"text"), row_of(2, impressions_2d=7), (b"v:1", row_of(3)[1])]
+    unreadable = [(b"v:1", None), (b"text", b"text"), row_of(2, impressions_2d=7), (b"v:1", row_of(3)[1])]
     delivery.deliver([Record(one) for one in [*unreadable, row_of(4, impressions_1d=9)]])  # type: ignore[misc]
     assert sinks.rows == [{"viewer_id": 4, "impressions_1d": 9}]
     assert registry.get_sample_value("reelway_stream_parked_records_total", {"kind": "unreadable"}) == 4
+
+
+def test_tombstone_erases_what_precedes_it(registry: CollectorRegistry) -> None:
+    sinks = CollectedRows()
+    delivery = ViewerRowDelivery(sinks, {"viewer_activity": SCHEMA}, StreamMetrics(registry))  # type: ignore[arg-type]
+    tombstone = (b"viewer_activity:1", None)
+    before, after = row_of(1, impressions_1d=7), row_of(1, impressions_1d=8)
+    delivery.deliver([Record(one) for one in (before, tombstone, row_of(4, impressions_1d=9))])  # type: ignore[misc]
+    assert (sinks.rows, sinks.erased) == ([{"viewer_id": 4, "impressions_1d": 9}], [1])
+    delivery.deliver([Record(one) for one in (before, tombstone, after)])  # type: ignore[misc]
+    assert sinks.rows[1:] == [{"viewer_id": 1, "impressions_1d": 8}]
 
 
 def test_errors_of_a_read_are_counted(registry: CollectorRegistry) -> None:

@@ -17,6 +17,7 @@ from tests.support.pipelines.stream_fixtures import SteppedClock, open_logs
 from reelway.pipelines.features.stream.memory_rebuild import RebuiltMemory, rebuild_viewer_memory
 from reelway.platform.contracts.blend import MAX_SHOWN_HOURS, MAX_SHOWN_VIDEOS
 from reelway.platform.eventlog import EventLog
+from reelway.platform.eventlog.erasures import encode_erasures
 from reelway.platform.eventlog.event_log import LogRecord
 from reelway.platform.eventlog.exposure_events import EXPOSURE_EVENT_SCHEMA, encode_exposures
 from reelway.platform.eventlog.outcome_events import OUTCOME_EVENT_SCHEMA, encode_outcomes
@@ -169,6 +170,22 @@ def test_unreadable_record_is_counted(store: Store) -> None:
     store.exposures.append([LogRecord("bad", 0, b"not a batch")])
     expose(store.exposures, 1, [10], NOW_S)
     assert store.rebuild() == RebuiltMemory(shown=1, unreadable=1)
+
+
+def test_what_precedes_an_erasure_is_not_restored(store: Store) -> None:
+    expose(store.exposures, 1, [10], NOW_S - HOUR_S)
+    expose(store.exposures, 2, [10], NOW_S - HOUR_S)
+    report(store.outcomes, (1, 12, "watch", 30_000.0), at_s=NOW_S - HOUR_S)
+    report(store.outcomes, (1, 14, "block_creator", 1.0), at_s=NOW_S - HOUR_S)
+    for topic, log in ((Topic.EXPOSURES, store.exposures), (Topic.OUTCOMES, store.outcomes)):
+        log.append(list(encode_erasures([1], topic, 1)))
+    expose(store.exposures, 1, [11], NOW_S)
+    report(store.outcomes, (1, 14, "block_topic", 1.0), at_s=NOW_S)
+    store.rebuild()
+    state = store.memory.read(1)
+    assert state.shown_ids.tolist() == [11]
+    assert (len(state.watched), len(state.blocked_creators), len(state.blocked_topics)) == (0, 0, 1)
+    assert store.memory.read(2).shown_ids.tolist() == [10]
 
 
 def test_empty_log_completes_the_memory(store: Store) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -24,13 +25,16 @@ from tests.support.pipelines.stream_members import (
     read_rows,
     write_stream_inputs,
 )
+from tests.support.process_life import SIGNALS, marked_command, printed
 
 from reelway.pipelines.features.materialisation import materialise
 from reelway.pipelines.features.registry import register_features
 from reelway.pipelines.features.stream.quix_service import stream_clock
 from reelway.pipelines.features.stream.rules import VIDEO_VIEWS
 from reelway.pipelines.features.stream.service import TOPICS
+from reelway.platform.cli.processes import reelway_command
 from reelway.platform.contracts.events import OutcomeType
+from reelway.platform.eventlog.erasures import encode_erasures
 from reelway.platform.eventlog.feature_changelog import FeatureChangelog
 from reelway.platform.eventlog.topics import Topic, open_topic
 from reelway.platform.features.feast_store import open_feature_store
@@ -164,16 +168,59 @@ def test_member_stores_megabytes_of_one_viewer(run: RunDirectory, broker: Broker
         members.close()
 
 
-def test_member_ends_cleanly_at_sigterm(run: RunDirectory, events: str, tmp_path: Path) -> None:
-    members = Members(run, events, tmp_path / "members")
-    try:
-        members.start("a")
-        deadline = time.monotonic() + 90
-        while "updating the features" not in (tmp_path / "members" / "a.log").read_text():
-            assert time.monotonic() < deadline, members.output()
-            time.sleep(0.1)
+@pytest.mark.parametrize(("number", "group"), SIGNALS)
+def test_member_ends_cleanly_at_a_stop_signal(
+    run: RunDirectory, events: str, tmp_path: Path, number: signal.Signals, group: bool
+) -> None:
+    command = reelway_command("stream", "--run", str(run.path), "--events", events, "--state", str(tmp_path / "state"))
+    with marked_command(command, tmp_path / "log", printed("updating the features")) as member:
         with load(events, random.Random(7)):
             time.sleep(15)
-            assert members.stop("a") == 0, members.output()
+            ending = member.stop(number, group=group)
+        assert ending.clean, (ending, member.log.read_text())
+        assert ending.code == 0, member.log.read_text()
+
+
+def test_erased_viewer_leaves_state_and_online_store(run: RunDirectory, broker: Broker, tmp_path: Path) -> None:
+    """The member reads the erasure in the log; what the viewer does afterwards counts again."""
+    events, erased, other = create_log(broker, 1), 507, 508
+    members = Members(run, events, tmp_path / "members")
+    rows = ViewerRowReader(open_feature_store(run.features))
+
+    def history_of(viewer: int) -> list[int]:
+        return list(rows.read(viewer)["history_videos"] or [])
+
+    def wait_for(viewer: int, newest: int | None) -> None:
+        deadline = time.monotonic() + 90
+        while (history_of(viewer) or [None])[-1] != newest:
+            assert time.monotonic() < deadline, members.output()
+            time.sleep(0.2)
+
+    try:
+        with ExitStack() as stack:
+            logs = {topic: stack.enter_context(closing(open_topic(events, topic))) for topic in TOPICS}
+
+            def like(number: int, viewer: int, video: int) -> None:
+                now_us = time.time_ns() // 1000
+                event = LoggedEvent(10**9 + number, viewer, video, OutcomeType.LIKE, 1.0, now_us, now_us)
+                logs[Topic.OUTCOMES].append([record_of([event], number, stamped=False)])
+
+            members.start("a")
+            like(1, erased, 1001)
+            like(2, other, 1002)
+            wait_for(erased, 1001)
+            wait_for(other, 1002)
+            for topic, log in logs.items():
+                log.append(list(encode_erasures([erased], topic, 1)))
+            wait_for(erased, None)
+            assert set(rows.read(erased).values()) == {None}
+            like(3, other, 1003)
+            wait_for(other, 1003)
+            assert history_of(erased) == []
+            like(4, erased, 1004)
+            wait_for(erased, 1004)
+            assert history_of(erased) == [1004]
+            assert len(history_of(other)) > 2
+        assert members.stop("a") == 0, members.output()
     finally:
         members.close()

@@ -34,6 +34,7 @@ from reelway.platform.eventlog.catalogue_events import VideoUpsert
 from reelway.platform.eventlog.outcome_events import decode_outcomes
 from reelway.platform.eventlog.topics import Topic
 from reelway.platform.run_directory import RunDirectory
+from reelway.platform.viewer_pseudonyms import viewer_pseudonym
 
 pytestmark = pytest.mark.slow
 
@@ -125,14 +126,14 @@ def test_lost_record_is_found(run: RunDirectory) -> None:
     streamed = ServedStream(run, edit=without_one)
     streamed.serve(3 * VIEWERS)
     report = streamed.replay()
-    viewer = f"viewer {FIRST_VIEWER + 3}"  # offset 1 is record 0
+    viewer = viewer_pseudonym(FIRST_VIEWER + 3)  # offset 1 is record 0
     of_viewer = [miss for miss in report.mismatches if miss.entity == viewer]
     assert {miss.view for miss in of_viewer} >= {"viewer_activity", "viewer_history"}
     assert {miss.entity for miss in report.mismatches if miss.entity.startswith("viewer")} == {viewer}
     counts = [(miss.served, miss.offline) for miss in of_viewer if miss.feature == "impressions_1d"]
     assert counts
     assert all(served < offline for served, offline in counts)
-    with pytest.raises(ParityError, match=r"viewer_activity\.impressions_1d of viewer 503"):
+    with pytest.raises(ParityError, match=rf"viewer_activity\.impressions_1d of {viewer_pseudonym(503)}"):
         report.raise_if_bad()
 
 
@@ -144,7 +145,9 @@ def test_lost_exposures_are_found(run: RunDirectory) -> None:
     streamed.serve(2 * VIEWERS)
     report = streamed.replay()
     of_viewers = [miss for miss in report.mismatches if miss.entity.startswith("viewer")]
-    assert {miss.entity for miss in of_viewers} == {f"viewer {FIRST_VIEWER + 3}"}  # the first hour's viewer is 501
+    assert {miss.entity for miss in of_viewers} == {
+        viewer_pseudonym(FIRST_VIEWER + 3)
+    }  # the first hour's viewer is 501
     assert {miss.view for miss in of_viewers} == {"viewer_activity"}, "a history has no impressions without outcomes"
     assert all(miss.served < miss.offline for miss in of_viewers if miss.feature == "impressions_1d")
 
@@ -156,7 +159,7 @@ def test_doubled_record_is_found(run: RunDirectory) -> None:
     streamed = ServedStream(run, edit=one_twice)
     streamed.serve(2 * VIEWERS)
     report = streamed.replay()
-    viewer = f"viewer {FIRST_VIEWER + 4}"
+    viewer = viewer_pseudonym(FIRST_VIEWER + 4)
     assert {miss.entity for miss in report.mismatches if miss.entity.startswith("viewer")} == {viewer}
     counts = [
         (miss.served, miss.offline) for miss in report.mismatches
@@ -189,7 +192,7 @@ def test_late_row_is_found(run: RunDirectory) -> None:
     report = streamed.replay()
     late = [miss for miss in report.mismatches if miss.feature == "as_of_s"]
     assert {miss.view for miss in late} >= {"viewer_history", "viewer_activity", "video_engagement"}
-    assert {f"viewer {FIRST_VIEWER + 1}", f"viewer {FIRST_VIEWER + 2}"} <= {miss.entity for miss in late}
+    assert {viewer_pseudonym(FIRST_VIEWER + 1), viewer_pseudonym(FIRST_VIEWER + 2)} <= {miss.entity for miss in late}
     assert all(miss.served < miss.offline for miss in late)
     assert len(late) == report.mismatch_count, "the values are those of the time that the rows state"
 

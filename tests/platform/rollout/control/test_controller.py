@@ -11,7 +11,15 @@ from pathlib import Path
 
 import pytest
 from tests.support.rollout.canary_events import RELEASE, STABLE
-from tests.support.rollout.controller_environment import ControllerEnvironment, moves, newest, nothing
+from tests.support.rollout.controller_environment import (
+    ControllerEnvironment,
+    FakeAlertSource,
+    disk_full,
+    moves,
+    newest,
+    nothing,
+    stepping,
+)
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.errors import RolloutError, StorageError
@@ -26,13 +34,6 @@ from reelway.platform.rollout.traffic.target import TrafficObservation, TrafficT
 @pytest.fixture
 def world(tmp_path: Path) -> ControllerEnvironment:
     return ControllerEnvironment(tmp_path)
-
-
-def stepping(world: ControllerEnvironment) -> ControllerEnvironment:
-    """A rollout at its first step."""
-    world.begin()
-    assert world.tick(2) == ["prepare", "step"]
-    return world
 
 
 def test_good_release_is_promoted_until_the_old_one_is_removed(world: ControllerEnvironment) -> None:
@@ -68,19 +69,14 @@ def test_every_write_follows_its_record(world: ControllerEnvironment) -> None:
 
 
 def test_failed_record_prevents_the_write(world: ControllerEnvironment) -> None:
-    stepping(world).source.kind = "harm"
-
-    def full() -> None:
-        raise StorageError("disk full")
-
-    world.store.before = full
+    stepping(world)
+    world.store.before = disk_full
     before = world.traffic
     with pytest.raises(StorageError):
         world.tick()
     assert world.traffic == before
     world.store.before = nothing
-    assert world.tick() == ["roll_back"]
-    assert world.traffic.routing.weight_of(Arm.CANARY) == 0
+    assert world.tick() == ["step"]
 
 
 def test_failed_write_is_repeated_on_the_next_reconcile(world: ControllerEnvironment) -> None:
@@ -272,18 +268,6 @@ def test_delivered_alerts_survive_a_restart(world: ControllerEnvironment) -> Non
     world.restart()
     assert world.tick() == ["complete_rollback"]  # rolled back, reconciled, and observed the target
     assert moves(world.store.history()) == ["prepare", "step", "roll_back", "complete_rollback"]
-
-
-class FakeAlertSource:
-    """An alert source with the test's alerts."""
-
-    def __init__(self) -> None:
-        self.answer: list[KnownAlert] | None = []
-
-    def poll(self) -> list[KnownAlert]:
-        if self.answer is None:
-            raise RolloutError("Alertmanager: connection refused")
-        return self.answer
 
 
 def test_failed_poll_is_logged_once(world: ControllerEnvironment, caplog: pytest.LogCaptureFixture) -> None:

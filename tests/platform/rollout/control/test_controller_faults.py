@@ -1,4 +1,4 @@
-"""After any fault at any time, every write was recorded before, and traffic matches the record."""
+"""After any fault at any time, every write was recorded before or is marked, and traffic matches the record."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tests.support.rollout.controller_environment import ControllerEnvironment, 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.errors import ReelwayError, RolloutError, StorageError
 from reelway.platform.rollout.control.sqlite_store import SqliteRolloutStore
+from reelway.platform.rollout.control.unrecorded_rollback import can_roll_back
 from reelway.platform.rollout.state import Command, Phase
 from reelway.platform.rollout.traffic.routing import Routing
 from reelway.platform.rollout.traffic.target import TrafficTarget, traffic_target
@@ -66,6 +67,10 @@ class FaultTrial:
 
     def check(self, target: TrafficTarget) -> None:
         state = newest(SqliteRolloutStore(self.world.store.path)).state
+        if target.routing.rollback is not None:
+            assert can_roll_back(state), "a recorded rollback needs no mark"
+            assert target.routing.weight_of(Arm.CANARY) == 0
+            return
         assert target == traffic_target(state), "written, but not recorded"
         if state.phase in (Phase.ROLLING_BACK, Phase.ROLLED_BACK):
             self.over.add(state.id)

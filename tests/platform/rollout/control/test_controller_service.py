@@ -18,10 +18,11 @@ from typing import Any
 import httpx
 import pytest
 from tests.support.rollout.canary_events import RELEASE, STABLE
-from tests.support.rollout.controller_environment import QUICK
+from tests.support.rollout.controller_environment import QUICK, firing
 from tests.support.rollout.webhook_requests import payload
 
 from reelway.platform.errors import RolloutError
+from reelway.platform.rollout.control.alert_registry import AlertRegistry
 from reelway.platform.rollout.control.local_controller import ControllerSettings, run_controller
 from reelway.platform.rollout.control.sqlite_store import SqliteRolloutStore
 from reelway.platform.rollout.decision import start_state
@@ -62,13 +63,14 @@ def deliver(run: Path, url: str, **changes: str) -> httpx.Response:
 def test_restarted_controller_has_the_alerts_of_a_killed_one(tmp_path: Path) -> None:
     store = SqliteRolloutStore(tmp_path / "rollout" / "state.db")
     with controller_process(tmp_path) as (process, known):
-        assert deliver(tmp_path, known["url"]).status_code == 200
+        assert deliver(tmp_path, known["url"]).json() == {"alerts": 1, "relevant": 0, "changed": False}
         assert httpx.get(known["url"] + "/healthz").status_code == 200
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert (tmp_path / "rollout" / "controller.json").exists()  # a killed process removes nothing
     state = start_state(QUICK, rollout_id="r", canary_release=RELEASE, stable_release=STABLE, now=1.0)
     store.create(state, QUICK)
+    AlertRegistry(store).deliver([firing(RELEASE, 2.0)])  # as the killed process does before it answers
     with controller_process(tmp_path) as (process, known):
         deadline = time.monotonic() + 20
         while store.get("r").state.phase is not Phase.ROLLING_BACK:

@@ -15,13 +15,17 @@ from tests.support.hostile_requests import (
     send,
     too_long,
 )
-from tests.support.rollout.webhook_requests import RIGHT, TOKEN, payload
+from tests.support.rollout.webhook_requests import RELEASE, RIGHT, TOKEN, payload
 
 from reelway.platform.cluster.operator_http import operator_application
 from reelway.platform.rollout.control.alert_registry import AlertRegistry
 from reelway.platform.rollout.control.controller_metrics import ControllerMetrics
 from reelway.platform.rollout.control.sqlite_store import SqliteRolloutStore
 from reelway.platform.rollout.control.webhook import ALERTS_PATH, BODY_LIMIT_BYTES, serve_in_thread, webhook_application
+from reelway.platform.rollout.policy import default_policy
+from reelway.platform.rollout.state import RolloutState
+
+ROLLOUT = RolloutState(id="r-1", stable_release="5" * 64, canary_release=RELEASE, started_at=0, changed_at=0, tick_at=0)
 
 
 class ActiveOperator:
@@ -30,7 +34,7 @@ class ActiveOperator:
     active = True
 
     def __init__(self, registry: AlertRegistry) -> None:
-        self.deliver = registry.deliver
+        self.deliver, self.relevance = registry.deliver, registry.relevance
 
     def unhealthy_reason(self) -> str:
         return ""
@@ -55,6 +59,10 @@ DELIVERIES = [
     HostileRequest("an infinite start", body=with_alert(startsAt=5).replace(b'"startsAt": 5', b'"startsAt": 1e999')),
     HostileRequest("negative truncation", body=json.dumps({**payload(), "truncatedAlerts": -1}).encode()),
     HostileRequest("300,000 empty alerts", body=b'{"version": "4", "alerts": [%b{}]}' % (b"{}," * 300_000)),
+    HostileRequest("a value of 2 MiB", body=json.dumps({**payload(), "receiver": "r" * (2 << 20)}).encode()),
+    HostileRequest("20,000 members", body=json.dumps({**payload(), **{f"m{i}": i for i in range(20_000)}}).encode()),
+    HostileRequest("alerts that are no list", body=json.dumps({**payload(), "alerts": {}}).encode()),
+    HostileRequest("no alerts", body=json.dumps({k: v for k, v in payload().items() if k != "alerts"}).encode()),
     HostileRequest("no token", 401, json.dumps(payload()).encode(), {"Authorization": None}),
     HostileRequest("a token beyond ASCII", 401, json.dumps(payload()).encode(), {"Authorization": "Bearer \xe9\xff"}),
 ]
@@ -62,7 +70,9 @@ DELIVERIES = [
 
 @pytest.fixture(scope="module", params=["controller", "operator"])
 def endpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
-    registry = AlertRegistry(SqliteRolloutStore(tmp_path_factory.mktemp("state") / "state.db"))
+    store = SqliteRolloutStore(tmp_path_factory.mktemp("state") / "state.db")
+    store.create(ROLLOUT, default_policy())
+    registry = AlertRegistry(store)
     metrics = ControllerMetrics()
     if request.param == "operator":
         application = operator_application(ActiveOperator(registry), TOKEN, metrics)
@@ -90,4 +100,4 @@ def test_hostile_delivery_gets_a_documented_4xx(
 
 def test_honest_delivery_is_stored_after_hostile_ones(endpoint: Endpoint) -> None:
     status, body = send(endpoint, HostileRequest("an honest delivery", 200, lambda valid: valid))
-    assert (status, json.loads(body)["with_release"]) == (200, 1)
+    assert (status, json.loads(body)["relevant"]) == (200, 1)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
+import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -18,6 +20,7 @@ from tests.support.rollout.servers import Server, alertmanager, eventually, free
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.errors import RolloutError
+from reelway.platform.rollout.alerts import names_one_of
 from reelway.platform.rollout.control.alert_registry import AlertRegistry
 from reelway.platform.rollout.control.controller import Controller
 from reelway.platform.rollout.control.controller_metrics import ControllerMetrics
@@ -96,7 +99,7 @@ def test_alertmanager_webhook_rolls_back_a_faulty_canary(watched: ObservedRollou
             assert backend.read().routing.weight_of(Arm.CANARY) == 0
             assert re.search(rb'webhooks_total{outcome="stored"} [1-9]', metrics.render())
             with closing(alert_source(manager.url)) as source:
-                [polled] = source.poll()
+                [polled] = source.poll(names_one_of({state.canary_release})).alerts
         [delivered] = store.alerts().values()
     assert (polled.labels, polled.resolved) == (delivered.labels, False)
     assert polled.starts_at == pytest.approx(delivered.starts_at, abs=1e-3)
@@ -105,6 +108,10 @@ def test_alertmanager_webhook_rolls_back_a_faulty_canary(watched: ObservedRollou
 
 
 # Polling
+
+
+def anything(labels: Mapping[str, str]) -> bool:
+    return bool(labels)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +139,7 @@ def test_poll_returns_active_alerts_with_a_release_only(manager: Server) -> None
     httpx.post(f"{manager.url}/api/v2/silences", json=silence).raise_for_status()
     httpx.post(f"{manager.url}/api/v2/alerts", json=alerts).raise_for_status()
     with closing(alert_source(manager.url + "/")) as source:
-        [found] = eventually(lambda: seen if len(seen := source.poll()) == 1 else None)
+        [found] = eventually(lambda: seen if len(seen := source.poll(anything).alerts) == 1 else None)
     assert found.labels == (("alertname", "Firing"), ("release", "abc"))
     assert found.starts_at == pytest.approx(now.timestamp(), abs=1e-3)
     assert not found.resolved
@@ -141,18 +148,21 @@ def test_poll_returns_active_alerts_with_a_release_only(manager: Server) -> None
 @pytest.mark.parametrize(
     ("status", "body", "message"),
     [
-        (500, b"[]", "500"),
         (200, b"<html>", "expected an answer of API v2"),
         (200, b"{}", "saw dict, expected a list"),
         (200, b'[{"labels": {}}]', "is not an alert of API v2"),
     ],
 )
-def test_poll_raises_on_an_invalid_answer(status: int, body: bytes, message: str) -> None:
+def test_invalid_answer_of_a_poll_counts_as_cut(status: int, body: bytes, message: str) -> None:
     page = Exporter("", "")
     page.answer = {"/api/v2/alerts": (status, body)}
     try:
-        with closing(alert_source(f"http://{page.address}")) as source, pytest.raises(RolloutError, match=message):
-            source.poll()
+        with closing(alert_source(f"http://{page.address}")) as source:
+            polled = source.poll(anything)
+            assert (polled.alerts, message in polled.problem) == ((), True), polled.problem
+            page.answer = {"/api/v2/alerts": (500, b"[]")}
+            with pytest.raises(RolloutError, match="500"):
+                source.poll(anything)
     finally:
         page.stop()
 
@@ -162,4 +172,36 @@ def test_poll_raises_when_alertmanager_is_down() -> None:
         closing(alert_source(f"http://{free_address()}")) as source,
         pytest.raises(RolloutError, match="no alerts from Alertmanager at"),
     ):
-        source.poll()
+        source.poll(anything)
+
+
+def test_alerts_before_the_end_of_a_cut_answer_are_known() -> None:
+    """The server promises more bytes than it sends, as one that is killed does."""
+    alert = {"labels": {"release": "abc"}, "startsAt": "2026-01-02T03:04:05.000Z", "status": {"state": "active"}}
+    other = {**alert, "labels": {"release": "def"}}
+    sent = json.dumps([other] * 2_000 + [alert])[:-1].encode()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer_once() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(sent) + 9, sent))
+
+        thread = threading.Thread(target=answer_once)
+        thread.start()
+        with closing(alert_source(f"http://127.0.0.1:{listening.getsockname()[1]}")) as source:
+            polled = source.poll(lambda labels: labels.get("release") == "abc")
+        thread.join()
+    assert [dict(one.labels) for one in polled.alerts] == [{"release": "abc"}]
+    assert f"the answer was cut after {len(sent)} bytes" in polled.problem
+
+
+def test_poll_of_thousands_of_alerts_is_complete(manager: Server) -> None:
+    ends = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
+    alerts = [{"labels": {"alertname": "Many", "release": f"{i:064}"}, "endsAt": ends} for i in range(3_000)]
+    httpx.post(f"{manager.url}/api/v2/alerts", json=alerts, timeout=30).raise_for_status()
+    wanted = names_one_of({f"{2_999:064}"})
+    with closing(alert_source(manager.url)) as source:
+        polled = eventually(lambda: seen if (seen := source.poll(wanted)).alerts else None)
+    assert (len(polled.alerts), polled.problem) == (1, "")

@@ -219,12 +219,12 @@ def test_successor_without_data_is_detected() -> None:
     assert "fell from 100 to 60" in metrics_of(series)[METRIC].detail
 
 
-def test_sums_of_two_running_collectors_are_added() -> None:
+def test_sums_of_a_collector_at_two_addresses_count_once() -> None:
     series = SeriesFixture()
-    for instance in ("a", "b"):
-        series.collector(10, *sums_of_both_arms(60, 90), instance=instance)
+    series.collector(9, *sums_of_both_arms(60, 90), instance="a")
+    series.collector(10, *sums_of_both_arms(63, 95), instance="b")
     metrics = metrics_of(series)[METRIC]
-    assert (metrics.state, metrics.canary.viewers, metrics.stable.viewers) == (OK, 120, 180)
+    assert (metrics.state, metrics.canary.viewers, metrics.stable.viewers) == (OK, 63, 95)
 
 
 def test_snapshot_time_is_that_of_the_oldest_scrape() -> None:

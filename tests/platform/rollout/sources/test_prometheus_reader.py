@@ -12,7 +12,7 @@ import pytest
 from tests.support.rollout.exporter import Exporter
 from tests.support.rollout.observed_rollout import QUICK, Monitoring, ObservedRollout
 from tests.support.rollout.series_fixtures import CANARY, POLICY, state_of
-from tests.support.rollout.servers import free_address, prometheus
+from tests.support.rollout.servers import SCRAPE_S, free_address, prometheus
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.rollout import metric_names as names
@@ -166,6 +166,9 @@ def success(result: object, kind: str = "matrix", **more: object) -> bytes:
     return json.dumps({"status": "success", "data": {"resultType": kind, "result": result}, **more}).encode()
 
 
+NOW = 200, success([1_000.0, "1000.0"], kind="scalar")
+
+
 @pytest.mark.parametrize(
     ("status", "body", "message"),
     [
@@ -184,7 +187,7 @@ def success(result: object, kind: str = "matrix", **more: object) -> bytes:
 def test_invalid_or_partial_answer_is_telemetry_down(
     page: Exporter, tmp_path: Path, status: int, body: bytes, message: str
 ) -> None:
-    page.answer = {PAGE: (status, body)}
+    page.answer = {PAGE: (status, body), f"{PAGE}?query=time%28%29&timeout=1s": NOW}
     with closing(evidence_source(RunDirectory(tmp_path), f"http://{page.address}/")) as source:
         snapshot = source.fetch(POLICY, state_of(), 1_000.0)
     assert {e.state for e in snapshot.metrics.values()} == {DOWN}
@@ -215,3 +218,29 @@ def test_nan_sample_stays_nan(page: Exporter) -> None:
         rows = reader._query("x", 3.0, "matrix")
     [[first, second]] = rows.values()
     assert (first.time, str(first.value), second.value) == (1.5, "nan", float("inf"))
+
+
+@pytest.mark.parametrize("body", [b"<html>", success([1.0, "later"], "scalar"), success([], "vector"), b"{}"])
+def test_prometheus_that_tells_no_time_is_telemetry_down(page: Exporter, body: bytes) -> None:
+    page.answer = {PAGE: (200, body)}
+    with closing(PrometheusReader(f"http://{page.address}")) as reader:
+        heard = reader.read(Scope.of(state_of()), 1_000.0)
+    assert (dict(heard.series), f"Prometheus at http://{page.address}" in heard.problem) == ({}, True)
+
+
+@pytest.mark.parametrize("ahead_s", [-45.0, 45.0, 900.0])
+def test_skewed_clock_of_prometheus_changes_no_evidence(watched: ObservedRollout, ahead_s: float) -> None:
+    """The controller's clock is ahead of Prometheus' by this much, and the rollout began by the controller's clock."""
+    watched.exporter.count(Arm.CANARY, times=40)
+    watched.exporter.count(Arm.CANARY, "failed", 2)
+    watched.add_sums(100, 400)
+    right = watched.after_a_scrape()
+    assert errors(right) == (OK, 2, 42)
+    started_at = watched.began_at + ahead_s
+    state = watched.state.model_copy(update={"started_at": started_at, "changed_at": started_at})
+    with closing(evidence_source(watched.run, watched.monitoring.prometheus.url)) as skewed:
+        before = skewed.fetch(QUICK, state, time.time() + ahead_s)
+        after = skewed.fetch(QUICK, state, time.time() + ahead_s)
+    assert (errors(after), after.metrics) == (errors(right), right.metrics)
+    assert abs(after.time - right.time - ahead_s) < 4 * SCRAPE_S
+    assert after.time >= before.time, "a sample does not appear older when it is read again"

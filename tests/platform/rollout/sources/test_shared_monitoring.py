@@ -27,6 +27,7 @@ from tests.support.rollout.servers import alertmanager, eventually, free_address
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.errors import ConfigError, RolloutError
+from reelway.platform.rollout.alerts import PolledAlerts
 from reelway.platform.rollout.evidence import EvidenceSnapshot, EvidenceState
 from reelway.platform.rollout.policy import Slice
 from reelway.platform.rollout.sources.alertmanager import AlertmanagerClient
@@ -35,6 +36,7 @@ from reelway.platform.rollout.sources.parity_findings import ParityFindings
 from reelway.platform.rollout.sources.prometheus_reader import PrometheusReader
 from reelway.platform.rollout.sources.series_reader import Scope
 from reelway.platform.rollout.sources.snapshot import build_snapshot
+from reelway.platform.tls import TlsSettings
 
 TOKEN = "a-token-of-a-service-account"
 
@@ -92,6 +94,34 @@ def test_installations_in_one_prometheus_do_not_mix(prod: Exporter, staging: Exp
             staging.start_again()
 
 
+def test_target_that_is_scraped_twice_is_never_added_up(prod: Exporter, tmp_path: Path) -> None:
+    """The same exporter with the labels of two replicas of Prometheus, without deduplication."""
+    started_at = time.time()
+    state = state_of(started_at=started_at, changed_at=started_at)
+
+    def evidence(**labels: str) -> EvidenceSnapshot:
+        with closing(PrometheusReader(server.url, access=MonitoringAccess(labels=labels))) as reader:
+            now = time.time()
+            return build_snapshot(QUICK, state, reader.read(Scope.of(state), now), ParityFindings(), now)
+
+    with prometheus(tmp_path, f"a/{prod.address}", f"b/{prod.address}", alertmanager=free_address()) as server:
+        eventually(lambda: evidence(namespace="a").guardrails["error_ratio"].state is EvidenceState.INSUFFICIENT)
+        prod.count(Arm.CANARY, times=50)
+        for arm in (Arm.CANARY, Arm.STABLE):
+            prod.sums.values |= sums(arm, 100, rollout=ROLLOUT)
+        one = eventually(lambda: s if (s := evidence(namespace="a")).guardrails["error_ratio"].trials == 50 else None)
+        metric = ("long_watch_rate", Slice.OVERALL)
+        eventually(lambda: evidence(namespace="a").metrics[metric].canary.viewers == 100)
+        both = evidence()
+    assert one.guardrails["error_ratio"].state is EvidenceState.OK
+    assert {each.state for each in both.metrics.values()} == {EvidenceState.TELEMETRY_DOWN}
+    assert both.guardrails["error_ratio"].state is EvidenceState.TELEMETRY_DOWN
+    detail = both.guardrails["error_ratio"].detail
+    assert f"reelway-router at {prod.address} is in Prometheus twice (namespace 'a' and 'b')" in detail.replace(
+        "'b' and 'a'", "'a' and 'b'"
+    )
+
+
 def test_poll_leaves_out_alerts_of_another_namespace(tmp_path: Path) -> None:
     address = free_address()
     ends = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
@@ -106,8 +136,8 @@ def test_poll_leaves_out_alerts_of_another_namespace(tmp_path: Path) -> None:
             for i, more in enumerate(labels)
         ]
         httpx.post(f"{server.url}/api/v2/alerts", json=alerts, trust_env=False).raise_for_status()
-        eventually(lambda: len(unfiltered.poll()) == 4)
-        assert {dict(alert.labels)["alertname"] for alert in ours.poll()} == {"A0", "A3"}
+        eventually(lambda: len(unfiltered.poll(bool).alerts) == 4)
+        assert {dict(alert.labels)["alertname"] for alert in ours.poll(bool).alerts} == {"A0", "A3"}
 
 
 # TLS with a certificate of a private CA, and a bearer token
@@ -137,9 +167,11 @@ def tls_server(tmp_path: Path) -> Iterator[TlsServer]:
             status = 200 if authorization == f"Bearer {tls_server.token}" else 401
             if tls_server.redirect:
                 status = 302
-            kind = "vector" if "%5B" not in self.path else "matrix"
+            kind, result = "vector" if "%5B" not in self.path else "matrix", list[object]()
+            if "time%28%29" in self.path:
+                kind, result = "scalar", [1.0, "1.0"]
             body = json.dumps(
-                [] if "/v2/" in self.path else {"status": "success", "data": {"resultType": kind, "result": []}}
+                [] if "/v2/" in self.path else {"status": "success", "data": {"resultType": kind, "result": result}}
             )
             self.send_response(status)
             if tls_server.redirect:
@@ -167,7 +199,7 @@ def tls_server(tmp_path: Path) -> Iterator[TlsServer]:
 def test_token_is_read_on_every_request(tls_server: TlsServer, tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text(TOKEN + "\n")
-    access = MonitoringAccess(token, tls_server.certificate)
+    access = MonitoringAccess(TlsSettings(token_file=token, ca_file=tls_server.certificate))
     with closing(PrometheusReader(tls_server.url, access=access)) as reader:
         scope = Scope.of(state_of())
         assert reader.read(scope, 1.0).problem == ""
@@ -180,30 +212,41 @@ def test_token_is_read_on_every_request(tls_server: TlsServer, tmp_path: Path) -
         token.write_text("")
         assert f"{token}: no token for 127.0.0.1" in reader.read(scope, 1.0).problem
     token.write_text("renewed")
-    with closing(PrometheusReader(tls_server.url, access=MonitoringAccess(token))) as without_certificate:
+    with closing(
+        PrometheusReader(tls_server.url, access=MonitoringAccess(TlsSettings(token_file=token)))
+    ) as without_certificate:
         assert "CERTIFICATE_VERIFY_FAILED" in without_certificate.read(scope, 1.0).problem
 
 
 def test_alertmanager_requests_carry_the_token(tls_server: TlsServer, tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text(TOKEN)
-    with closing(AlertmanagerClient(tls_server.url, access=MonitoringAccess(token, tls_server.certificate))) as poll:
-        assert poll.poll() == []
+    with closing(
+        AlertmanagerClient(
+            tls_server.url, access=MonitoringAccess(TlsSettings(token_file=token, ca_file=tls_server.certificate))
+        )
+    ) as poll:
+        assert poll.poll(bool) == PolledAlerts(())
         token.unlink()
         with pytest.raises(RolloutError, match="cannot read the token"):
-            poll.poll()
+            poll.poll(bool)
     with (
-        closing(AlertmanagerClient(tls_server.url, access=MonitoringAccess(ca_file=tls_server.certificate))) as bare,
+        closing(
+            AlertmanagerClient(tls_server.url, access=MonitoringAccess(TlsSettings(ca_file=tls_server.certificate)))
+        ) as bare,
         pytest.raises(RolloutError, match="401"),
     ):
-        bare.poll()
+        bare.poll(bool)
 
 
 def test_token_does_not_follow_a_redirect(tls_server: TlsServer, tmp_path: Path) -> None:
     (tmp_path / "token").write_text(TOKEN)
     tls_server.redirect = f"{tls_server.url}/elsewhere"
     with closing(
-        PrometheusReader(tls_server.url, access=MonitoringAccess(tmp_path / "token", tls_server.certificate))
+        PrometheusReader(
+            tls_server.url,
+            access=MonitoringAccess(TlsSettings(token_file=tmp_path / "token", ca_file=tls_server.certificate)),
+        )
     ) as reader:
         assert "302" in reader.read(Scope.of(state_of()), 1.0).problem
     assert len(tls_server.authorizations) == 1
@@ -215,7 +258,7 @@ def test_invalid_certificate_file_is_rejected_at_startup(tmp_path: Path, text: s
     if text is not None:
         path.write_text(text)
     with pytest.raises(ConfigError, match=f"{path}: cannot load CA certificates"):
-        MonitoringAccess(ca_file=path)
+        MonitoringAccess(TlsSettings(ca_file=path))
 
 
 def _self_signed(folder: Path) -> tuple[Path, Path]:

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from reelway.platform.cli.supervisor import supervise
 from reelway.platform.cli.terminal import print_status, progress, stdout_console
 from reelway.platform.errors import ConfigError, ParityError
 from reelway.platform.run_directory import RunDirectory
+from reelway.platform.stop_signals import STOP_LIMIT_S
 
 if TYPE_CHECKING:
     from reelway.pipelines.features.parity.comparison import ParityReport
@@ -36,7 +38,8 @@ OnlineStore = Annotated[
     str | None,
     typer.Option(
         "--online-store",
-        help="Feast online store: 'sqlite' or 'redis://host:port'. Defaults to SQLite in the run directory.",
+        help="Feast online store: 'sqlite', 'redis://host:port/database' or, with TLS, 'rediss://...'. A password in "
+        "it is never stored; later commands need it in REDIS_PASSWORD. Defaults to SQLite in the run directory.",
         envvar="REELWAY_ONLINE_STORE",
     ),
 ]
@@ -81,6 +84,7 @@ def build_and_materialise(
 ) -> None:
     """Builds the features, then materialises them."""
     if context.invoked_subcommand is None:
+        supervise(STOP_LIMIT_S)
         _build(RunDirectory(run), cpus, ray_address, online_store, force)
         _materialise(RunDirectory(run), None, force)
         _publish(RunDirectory(run), publish_registry)
@@ -94,6 +98,7 @@ def build(
     force: Force = False,
 ) -> None:
     """Compute every view, register it with Feast and join the training rows."""
+    supervise(STOP_LIMIT_S)
     _build(RunDirectory(run), cpus, ray_address, online_store, force)
 
 
@@ -173,7 +178,6 @@ def parity(
         --events kafka://kafka:9092 --report s3://reelway/releases/parity.json
     """
     import os
-    import signal
     import time
 
     from reelway.pipelines.features.parity.progress import forget_vectors
@@ -190,7 +194,6 @@ def parity(
     if from_start:
         forget_vectors(RunFiles(run), time.time())
     if every is not None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore SIGINT
         os.nice(19)  # the service has priority over its monitoring
     while True:
         report, progress = replay(run, options, time.time())
@@ -231,6 +234,7 @@ def _build(run: RunDirectory, cpus: int, ray_address: str, online_store: str | N
     from reelway.pipelines.features.training_rows import TRAINING_ROWS_FILE, build_training_rows
     from reelway.pipelines.features.views import ViewSettings
     from reelway.platform.features.dimensions import read_dimensions
+    from reelway.platform.features.redis_address import without_password
 
     run.record("dataset")
     dimensions = read_dimensions(run.dataset)
@@ -238,7 +242,7 @@ def _build(run: RunDirectory, cpus: int, ray_address: str, online_store: str | N
     path = run.features / TRAINING_ROWS_FILE
     with run.step(
         "features",
-        config={"views": asdict(settings.views), "online_store": online_store or "sqlite"},
+        config={"views": asdict(settings.views), "online_store": without_password(online_store or "sqlite")},
         after=("dataset",),
         inputs=(feature_repo_path() / "definitions.py",),
         outputs=(path, run.features / "views", run.features / "registry.db"),

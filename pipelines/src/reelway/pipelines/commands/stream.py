@@ -51,7 +51,6 @@ def stream(
     """
     if context.invoked_subcommand:
         return
-    import signal
     import threading
 
     from reelway.pipelines.features.stream.local_stream import MicroBatchResult
@@ -60,10 +59,9 @@ def stream(
     from reelway.platform.cli.terminal import print_status
     from reelway.platform.eventlog.addresses import KAFKA
     from reelway.platform.run_directory import RunDirectory
+    from reelway.platform.stop_signals import stopped_by_signals
 
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
     totals = {"events": 0, "rows": 0}
 
     def print_result(done: MicroBatchResult) -> None:
@@ -78,9 +76,11 @@ def stream(
         from reelway.pipelines.features.stream.quix_service import run_member
 
         print_status(f"stream: updating the features of {run} as a member of a group; stop with Ctrl-C")
-        run_member(RunDirectory(run), options, stop)
+        with stopped_by_signals(stop.set):
+            run_member(RunDirectory(run), options, stop)
         print_status("stream: stopped; all rows are in the log")
         return
     print_status(f"stream: updating the features of {run}; stop with Ctrl-C")
-    run_stream(RunDirectory(run), options, stop, print_result)
+    with stopped_by_signals(stop.set):
+        run_stream(RunDirectory(run), options, stop, print_result)
     print_status(f"stream: stopped after {totals['events']} events and {totals['rows']} rows; all rows are delivered")

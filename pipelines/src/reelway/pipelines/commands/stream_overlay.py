@@ -39,17 +39,15 @@ def overlay(
       reelway stream overlay --run runs/demo
       reelway stream overlay --events kafka://kafka:9092 --overlay s3://features/overlay --release-store s3://releases
     """
-    import signal
     import threading
 
     from reelway.pipelines.features.stream.overlay_writer import OverlayOptions, run_overlay_writer
     from reelway.platform.cli.terminal import print_status
     from reelway.platform.run_directory import RunDirectory
+    from reelway.platform.stop_signals import stopped_by_signals
 
     directory = RunDirectory(run)
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
     options = OverlayOptions(
         events=events or str(directory.path / "events"),
         overlay=overlay or str(directory.overlay),
@@ -60,5 +58,6 @@ def overlay(
         metrics_port=metrics_port,
     )
     print_status(f"overlay: adding uploads to {options.overlay}; stop with Ctrl-C")
-    run_overlay_writer(options, stop)
+    with stopped_by_signals(stop.set):
+        run_overlay_writer(options, stop)
     print_status("overlay: stopped")

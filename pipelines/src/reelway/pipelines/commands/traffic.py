@@ -103,11 +103,11 @@ def _run_traffic(
 ) -> dict[str, Any]:
     import asyncio
     import json
-    import signal
     import time
 
     from reelway.pipelines.simulation.live_traffic import LiveTraffic
     from reelway.pipelines.simulation.live_viewers import LiveViewers, load_history, load_world
+    from reelway.platform.stop_signals import call_on_stop_signals
 
     world = load_world(json.loads((dataset / "dataset.json").read_text()))
     history = load_history(world, dataset / "outcomes.parquet")
@@ -120,8 +120,7 @@ def _run_traffic(
     async def send() -> dict[str, Any]:
         with stderr_console.status("traffic") as status:
             live = LiveTraffic(options, crowd, lambda report: status.update(_progress_line(report)), signer=signer)
-            for number in (signal.SIGINT, signal.SIGTERM):
-                asyncio.get_running_loop().add_signal_handler(number, live.stop)
+            call_on_stop_signals(asyncio.get_running_loop(), live.stop)
             return await live.run()
 
     return asyncio.run(send())

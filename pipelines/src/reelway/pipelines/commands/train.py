@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from reelway.platform.cli.supervisor import supervise
 from reelway.platform.cli.terminal import print_status, progress, stdout_console
 from reelway.platform.run_directory import RunDirectory
+from reelway.platform.stop_signals import STOP_LIMIT_S
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -53,6 +55,7 @@ def register(app: typer.Typer) -> None:
         ),
         force: bool = typer.Option(False, help="Train again even if the inputs have not changed."),
     ) -> None:
+        supervise(STOP_LIMIT_S)
         train_command(RunDirectory(run), workers, gpus, epochs, preset, config, override, seed, ray, force)
 
 

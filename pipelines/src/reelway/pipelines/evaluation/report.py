@@ -28,6 +28,7 @@ from reelway.platform.atomic_files import write_json
 from reelway.platform.contracts.blend import Blend
 from reelway.platform.contracts.manifest import GateResult
 from reelway.platform.errors import EmptyDatasetError
+from reelway.platform.eventlog.erasures import of_known_viewers
 from reelway.platform.run_directory import RunDirectory
 
 EVALUATION_FILE: Final = "evaluation.json"
@@ -93,7 +94,7 @@ def evaluate_run(
             "models: they were trained on all events (train_fraction 1), so none are left for evaluation; "
             "train again with `--set train_fraction=0.8`"
         )
-    labels = pq.read_table(run.features / LABELS_FILE)
+    labels = of_known_viewers(pq.read_table(run.features / LABELS_FILE))
     split = make_temporal_split(
         labels, cut_s, min_events=settings.min_events, max_viewers=settings.max_viewers, seed=settings.seed
     )

@@ -34,6 +34,7 @@ from reelway.platform.contracts.events import DATASET_TABLES
 from reelway.platform.errors import EmptyDatasetError, FeatureError
 from reelway.platform.features.hashing import mix64
 from reelway.platform.run_directory import RunDirectory
+from reelway.platform.stop_signals import preserved_stop_signals
 
 VIEWS_FOLDER: Final = "views"
 _EVENT_COLUMNS: Final = [
@@ -211,9 +212,11 @@ def _ray(settings: BatchSettings) -> Iterator[None]:
     started_here = not ray.is_initialized()
     if started_here:
         local: dict[str, Any] = {"num_cpus": settings.cpus} if settings.ray_address == "local" else {}
-        ray.init(
-            address=settings.ray_address, include_dashboard=False, logging_level="ERROR", log_to_driver=False, **local
-        )  # fmt: skip
+        with preserved_stop_signals():
+            ray.init(
+                address=settings.ray_address, include_dashboard=False, logging_level="ERROR", log_to_driver=False,
+                **local,
+            )  # fmt: skip
     quiet = logging.root.manager.disable
     logging.disable(logging.WARNING)  # Ray Data resets its log levels when a pipeline starts
     context = ray.data.DataContext.get_current()

@@ -30,7 +30,7 @@ def restore_follows(memory: ViewerMemory, features_dir: Path, at_s: float) -> in
     labels = pq.read_table(path, columns=["viewer_id", "creator_id", "outcome_time"], filters=pc.field("follow") > 0)
     known = times_us(labels["outcome_time"]) <= at_s * 1e6
     pairs_N2 = np.stack([labels["viewer_id"].to_numpy(), labels["creator_id"].to_numpy()], axis=1)[known]
-    pairs_N2 = np.unique(pairs_N2[pairs_N2[:, 1] >= 0], axis=0)
+    pairs_N2 = np.unique(pairs_N2[(pairs_N2 >= 0).all(axis=1)], axis=0)  # without anonymous viewers
     bounds = np.flatnonzero(np.diff(pairs_N2[:, 0], prepend=-1, append=-1))
     for first, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
         memory.follow(int(pairs_N2[first, 0]), pairs_N2[first:end, 1].tolist())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -23,6 +23,8 @@ from reelway.platform.contracts.feature_names import VIEWER_VIEWS, VIEWS
 from reelway.platform.errors import FeatureError
 from reelway.platform.features.feast_store import open_feature_store
 from reelway.platform.features.viewer_memory import open_viewer_memory
+from reelway.platform.features.viewer_row_erasure import delete_old_viewer_rows
+from reelway.platform.retention import retention
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -59,6 +61,7 @@ def materialise(features_dir: Path, at_s: float, report: Report = _silent) -> in
             part = snapshot.slice(start, WRITE_BATCH_ROWS)
             done += write_rows(store, view, part, [datetime.fromtimestamp(at_s, UTC)] * part.num_rows)
             report(done, total)
+    delete_old_viewer_rows(store, datetime.fromtimestamp(at_s, UTC) - timedelta(days=retention().online_row_days))
     restore_follows(open_viewer_memory(store), features_dir, at_s)
     write_json(features_dir / MATERIALISATION_FILE, {"at_s": at_s, "viewers": snapshot.num_rows})
     return int(snapshot.num_rows)

@@ -22,6 +22,7 @@ from reelway.pipelines.features.windows import I64
 from reelway.platform.atomic_files import atomic_file
 from reelway.platform.contracts.feature_names import VIEWER_VIEWS
 from reelway.platform.errors import EmptyDatasetError, FeatureError
+from reelway.platform.eventlog.erasures import of_known_viewers
 from reelway.platform.features.feast_store import open_feature_store
 from reelway.platform.run_directory import RunDirectory
 
@@ -57,7 +58,7 @@ def build_training_rows(run: RunDirectory, report: Report = _silent) -> Path:
         FeatureError: if the views are not built or not registered.
         EmptyDatasetError: if there are no impressions.
     """
-    labels = read_feature_file(run.features / LABELS_FILE)
+    labels = of_known_viewers(read_feature_file(run.features / LABELS_FILE))
     if not labels.num_rows:
         raise EmptyDatasetError(f"{run.features / LABELS_FILE}: no impressions; simulate or import a data set")
     store = open_feature_store(run.features)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from reelway.platform.contracts.ids import short_id
+from reelway.platform.viewer_pseudonyms import viewer_pseudonym
 
 CANARY: Final = "canary"
 GRACE_S: Final = 2.0
@@ -50,5 +51,7 @@ class ArmStickinessCheck:
                     continue
                 self.changes += 1
                 if len(self.examples) < SHOWN:
-                    self.examples.append(f"viewer {viewer_id}: from canary {canary[:12]}, still running, to {new_arm}")
+                    self.examples.append(
+                        f"{viewer_pseudonym(viewer_id)}: from canary {canary[:12]}, still running, to {new_arm}"
+                    )
             self._back[canary] = waiting

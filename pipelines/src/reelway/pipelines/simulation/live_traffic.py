@@ -25,6 +25,7 @@ from reelway.pipelines.simulation.live_viewers import LiveViewers, ShownSlate
 from reelway.pipelines.simulation.traffic_report import ArmTraffic, TrafficStatistics
 from reelway.platform.atomic_files import write_json
 from reelway.platform.viewer_assertions import ViewerTokenSigner
+from reelway.platform.viewer_pseudonyms import viewer_pseudonym
 
 MAX_OUTCOMES: Final = 1_000
 """Maximum outcomes per ``POST /v1/outcomes``."""
@@ -33,6 +34,8 @@ ROUTING_POLL_INTERVAL_S: Final = 0.5
 REPORT_INTERVAL_S: Final = 1.0
 IDLE_S: Final = 2.0
 """Connections that were idle for longer are not reused, because the service may be closing them."""
+STOPPED_FINISH_S: Final = 8.0
+"""Seconds after ``stop`` for the requests in flight; later ones are cancelled and not counted."""
 OUTCOME_ATTEMPTS: Final = 4
 _JSON: Final = {"Content-Type": "application/json"}
 
@@ -84,9 +87,11 @@ class LiveTraffic:
         self._in_flight: set[asyncio.Task[None]] = set()
         self._shown: list[tuple[ShownSlate, ArmTraffic]] = []
         self._arriving: asyncio.Task[None] | None = None
+        self._stopped = False
 
     def stop(self) -> None:
-        """Stops requesting slates."""
+        """Stops requesting slates. The requests in flight get ``STOPPED_FINISH_S`` to finish."""
+        self._stopped = True
         if self._arriving is not None:
             self._arriving.cancel()
 
@@ -113,11 +118,18 @@ class LiveTraffic:
             for end in ends:
                 if isinstance(end, BaseException) and not isinstance(end, asyncio.CancelledError):
                     raise end
-            await asyncio.gather(*self._in_flight)
-            await self._send_reactions(client)
-            await asyncio.gather(*self._in_flight)
-            await self._poll_routing(client)
+            try:
+                async with asyncio.timeout(STOPPED_FINISH_S if self._stopped else None):
+                    await self._finish(client)
+            except TimeoutError:
+                await asyncio.gather(*self._in_flight, return_exceptions=True)
         return await self._write(running=False)
+
+    async def _finish(self, client: aiohttp.ClientSession) -> None:
+        await asyncio.gather(*self._in_flight)
+        await self._send_reactions(client)
+        await asyncio.gather(*self._in_flight)
+        await self._poll_routing(client)
 
     async def _generate_arrivals(self, client: aiohttp.ClientSession) -> None:
         """Starts requests at random times (a Poisson process), ``rate`` per second on average."""
@@ -146,13 +158,13 @@ class LiveTraffic:
         try:
             status, answer = await _post(client, "/v1/recommend", body, self._proof(viewer_id))
         except (aiohttp.ClientError, TimeoutError) as error:
-            self._tally.record_failure(f"viewer {viewer_id}: {type(error).__name__}: {error}")
+            self._tally.record_failure(f"{viewer_pseudonym(viewer_id)}: {type(error).__name__}: {error}")
             return
         finally:
             self._slots.release()
         took_ms = 1000 * (time.monotonic() - due)
         if status != HTTPStatus.OK:
-            self._tally.record_failure(f"viewer {viewer_id}: {status} {answer[:200]!r}")
+            self._tally.record_failure(f"{viewer_pseudonym(viewer_id)}: {status} {answer[:200]!r}")
             return
         slate = json.loads(answer)
         release, arm, videos = slate["release"], slate["arm"], slate["videos"]

@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -40,9 +40,12 @@ from reelway.pipelines.training.negatives import FIELDS, RankerRows
 from reelway.pipelines.training.rows import TrainingRows, digest_of_arrays, digest_of_rows, map_arrays, save_arrays
 from reelway.platform.errors import TrainingError
 from reelway.platform.run_directory import digest_of
+from reelway.platform.stop_signals import preserved_stop_signals
 
 STATE_FILE = "state.pt"
 MAX_FAILURES = 3
+INTERRUPTED_RETENTION_S = 86_400.0
+"""Seconds for which the checkpoints of an interrupted training stay when another one is started."""
 _POLL_S = 0.2
 _HEALTH_CHECK_SETTINGS = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.05"}
 
@@ -81,11 +84,12 @@ def fit_on_ray(
     workers = resources.gpus or resources.workers
     name = checkpoints_name(rows, ranker_rows, window, config, workers)
     input_folder = storage / f"{name}.input"
+    prune_interrupted(storage, name, time.time())
     _write_input(input_folder, rows, ranker_rows)
     with (
         _ray_runtime(workers, resources.gpus),
         _fast_health_checks(),
-        _restore_interrupt_handler(),
+        preserved_stop_signals(),  # Ray Train's handler would call its controller, which has ended by then
         _tail_progress(input_folder / "progress.jsonl", on_epoch),
     ):
         trainer = TorchTrainer(
@@ -120,15 +124,19 @@ def checkpoints_name(
     return f"fit-{digest_of(identity)[:12]}"
 
 
-@contextmanager
-def _restore_interrupt_handler() -> Iterator[None]:
-    """Restores the SIGINT handler. Ray Train's handler would call its controller, which has ended."""
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, before)
+def prune_interrupted(storage: Path, name: str, now_s: float) -> list[str]:
+    """Removes rows and checkpoints of other trainings that were interrupted long ago. Returns the folders' names.
+
+    Args:
+        name: the training that is about to run; its folders stay.
+    """
+    removed = []
+    for folder in sorted(storage.glob("fit-*")):
+        written_s = max((path.stat().st_mtime for path in [folder, *folder.rglob("*")]), default=now_s)
+        if folder.name.removesuffix(".input") != name and written_s < now_s - INTERRUPTED_RETENTION_S:
+            shutil.rmtree(folder)
+            removed.append(folder.name)
+    return removed
 
 
 def _finished_state(trainer: TorchTrainer) -> State:
@@ -203,17 +211,18 @@ def _ray_runtime(workers: int, gpus: int) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    if address := os.environ.get("RAY_ADDRESS"):
-        ray.init(address=address)
-    else:
-        ray.init(
-            address="local",
-            num_cpus=workers,
-            num_gpus=gpus or None,
-            include_dashboard=False,
-            logging_level="ERROR",
-            log_to_driver=False,  # progress arrives through the file, a failure's traceback through the exception
-        )
+    with preserved_stop_signals():
+        if address := os.environ.get("RAY_ADDRESS"):
+            ray.init(address=address)
+        else:
+            ray.init(
+                address="local",
+                num_cpus=workers,
+                num_gpus=gpus or None,
+                include_dashboard=False,
+                logging_level="ERROR",
+                log_to_driver=False,  # progress arrives through the file, a failure's traceback through the exception
+            )
     try:
         yield
     finally:

@@ -6,17 +6,16 @@ but cannot be imported raises its import error.
 
 from __future__ import annotations
 
-import signal
 import sys
 from importlib.metadata import entry_points, version
-from types import FrameType
-from typing import NoReturn
 
 import typer
 from rich.markup import escape
 
+from reelway.platform.cli.supervisor import enable_supervision
 from reelway.platform.cli.terminal import stderr_console
 from reelway.platform.errors import ReelwayError
+from reelway.platform.stop_signals import exit_on_stop_signals
 
 ENTRY_POINT_GROUP = "reelway.commands"
 
@@ -44,17 +43,14 @@ def build_app() -> typer.Typer:
     return app
 
 
-def _raise_interrupt(number: int, _frame: FrameType | None) -> NoReturn:
-    """Unwinds the stack on SIGTERM as Ctrl-C does, so that child processes and files are cleaned up."""
-    raise SystemExit(128 + number)
-
-
 def main() -> None:
     """Runs the command line.
 
-    Exit codes: 0 success, 1 unexpected error (a bug), 2 usage, 3 and above see ``reelway.platform.errors``, 130 Ctrl-C.
+    Exit codes: 0 success, 1 unexpected error (a bug), 2 usage, 3 and above see ``reelway.platform.errors``, 130 Ctrl-C,
+    129 SIGHUP, 143 SIGTERM.
     """
-    signal.signal(signal.SIGTERM, _raise_interrupt)
+    exit_on_stop_signals()
+    enable_supervision()
     try:
         build_app()()
     except ReelwayError as error:

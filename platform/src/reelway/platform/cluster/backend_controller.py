@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from reelway.platform.cluster.inference_service import InferenceServiceRankers, read_template
 from reelway.platform.cluster.kube_api import KubeApi
 from reelway.platform.cluster.kube_rollout_store import KubeRolloutStore
+from reelway.platform.cluster.leader_election import LeaderElector
 from reelway.platform.cluster.operator_settings import OperatorSettings, RaySettings
 from reelway.platform.cluster.ray_service import RayServiceBackend
 from reelway.platform.cluster.remote_rankers import RankerReconciler, RemoteRankerBackend
@@ -42,7 +43,7 @@ class BackendController:
 
     Args:
         on_decision: called with each decision after it is recorded.
-        require_lease: called right before each write of traffic; raises RolloutError if another replica may be active.
+        lease: checked right before each write.
 
     Raises:
         RolloutError: if the backend is on a host that the operator may not send Ray's token to.
@@ -57,12 +58,16 @@ class BackendController:
         settings: OperatorSettings,
         metrics: ControllerMetrics,
         on_decision: Callable[[RolloutResource, HistoryEntry], None],
-        require_lease: Callable[[], None],
+        lease: LeaderElector,
     ) -> None:
         address = serve_address(backend, api.namespace, settings.ray)
         self.key = backend.key
-        self.store = KubeRolloutStore(api, cache, backend=backend.key, create_backend=backend, on_decision=on_decision)
-        serve = ServeRestBackend(address, before_write=require_lease)
+        require_lease = lease.require_valid
+        self.store = KubeRolloutStore(
+            api, cache, backend=backend.key, create_backend=backend, on_decision=on_decision,
+            require_lease=require_lease,
+        )  # fmt: skip
+        serve = ServeRestBackend(address, before_write=require_lease, before_rollback=lease.require_last_holder)
         name = backend.ray_service.name if backend.ray_service else ""
         self.backend: RayServiceBackend | ServeRestBackend = serve
         self.serve_config: ServeConfigReconciler | None = None
@@ -87,8 +92,8 @@ class BackendController:
             reader = DirectScrapeReader(lambda: url)
         self._parity = ParityFindingsReader(settings.parity_findings) if settings.parity_findings else None
         self._source = SeriesEvidenceSource(reader, self._parity.findings if self._parity else _parity_unknown)
-        self.alerts = AlertRegistry(self.store)
         self.wake = threading.Event()
+        self.alerts = AlertRegistry(self.store, on_change=self.wake.set)
         self._stop = threading.Event()
         controller = Controller(
             self.store,

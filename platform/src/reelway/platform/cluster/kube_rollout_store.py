@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
-from typing import Any, Final
+from typing import Final
 
 from pydantic import ValidationError
 
 from reelway.platform.cluster.kube_api import ConflictError, KubeApi, NotFoundError
 from reelway.platform.cluster.resources import (
-    ALERTS_LIMIT,
-    GROUP,
     MAX_COMMANDS,
-    ROLLOUT_KIND,
-    VERSION,
     Backend,
     CommandRequest,
     ReleaseRolloutSpec,
@@ -29,9 +26,10 @@ from reelway.platform.cluster.resources import (
     RolloutResource,
 )
 from reelway.platform.cluster.rollout_cache import PATH, InformerCache, RolloutCache, parse_rollout
-from reelway.platform.cluster.status import REFUSED, not_started, with_derived_fields
+from reelway.platform.cluster.rollout_documents import object_head, spec_document, status_document
+from reelway.platform.cluster.status import REFUSED, not_started, relevant_alerts, same_outcome, with_derived_fields
 from reelway.platform.errors import KubernetesError, RolloutError
-from reelway.platform.rollout.alerts import AlertKey, KnownAlert, names_release
+from reelway.platform.rollout.alerts import AlertKey, KnownAlert
 from reelway.platform.rollout.policy import RolloutPolicy, default_policy
 from reelway.platform.rollout.records import HistoryEntry, LastReconcile, Rollout, with_commands_since
 from reelway.platform.rollout.state import Command, Phase, RolloutState, add_command
@@ -40,8 +38,9 @@ LIVE: Final = "live"
 """Placeholder for the stable release of a rollout that has not started: the release that is live at its start."""
 NOT_OBSERVED_REASON: Final = "the operator has not observed the rollout yet"
 DELETED_ACTOR: Final = "the user who deleted it"
+ROLLBACK_TIMEOUT_S: Final = 1.0
+"""How long a rollback waits for its record. After that it is written to the traffic and recorded later."""
 _ATTEMPTS: Final = 6
-_COMPARED_TRAFFIC_KEYS: Final = ("reached", "trouble", "detail", "failed", "ready", "releases", "routing")
 
 Change = Callable[[RolloutResource], ReleaseRolloutStatus | None]
 
@@ -53,6 +52,7 @@ class KubeRolloutStore:
         backend: key of the backend. None selects all rollouts, started or not (for commands).
         create_backend: backend of the rollouts that ``create`` creates.
         on_decision: called with each new history entry after it is written.
+        require_lease: called before each write; raises RolloutError if another replica may be active.
 
     Raises:
         KubernetesError: from every method, if the API server cannot be reached or rejects the request.
@@ -66,11 +66,12 @@ class KubeRolloutStore:
         backend: str | None = None,
         create_backend: Backend | None = None,
         on_decision: Callable[[RolloutResource, HistoryEntry], None] = lambda *_: None,
+        require_lease: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._api, self._cache = api, cache
         self._backend, self._create_backend = backend, create_backend
-        self._on_decision, self._clock = on_decision, clock
+        self._on_decision, self._require_lease, self._clock = on_decision, require_lease, clock
         self._writing = threading.RLock()
         self._last_reconciles: dict[str, LastReconcile] = {}
 
@@ -92,7 +93,7 @@ class KubeRolloutStore:
             wrong = error.errors()[0]
             raise RolloutError(f"spec.{wrong['loc'][0]}: saw {wrong['input']!r}: {wrong['msg']}") from error
         try:
-            created = self._api.create(PATH, {**_object_head(state.id), "spec": _spec_document(spec)})
+            created = self._api.create(PATH, {**object_head(state.id), "spec": spec_document(spec)})
         except ConflictError:
             raise RolloutError(f"cannot create rollout {state.id}: it exists; choose another name") from None
         except NotFoundError as error:
@@ -134,7 +135,8 @@ class KubeRolloutStore:
                 self._clock(),
             )  # fmt: skip
 
-        written = self._write(self._find(before.state.id, exact=True), change)
+        timeout_s = ROLLBACK_TIMEOUT_S if state.phase is Phase.ROLLING_BACK else None
+        written = self._write(self._find(before.state.id, exact=True), change, timeout_s)
         if numbered:
             self._on_decision(written, numbered)
         return to_rollout(written)
@@ -198,17 +200,17 @@ class KubeRolloutStore:
         return sorted(entries, key=lambda entry: entry.number)
 
     def alerts(self) -> dict[AlertKey, KnownAlert]:
-        resource = self._latest()
-        return {alert.key: alert for alert in resource.status.alerts} if resource else {}
+        """Returns the alerts of all rollouts in scope, so that one of an earlier rollout is recognised."""
+        return {alert.key: alert for resource in self._in_scope() for alert in resource.status.alerts}
 
     def replace_alerts(self, alerts: Mapping[AlertKey, KnownAlert]) -> None:
-        """Stores the alerts that name the latest rollout's release and began after the rollout did."""
+        """Stores the alerts that were received during the latest rollout and name its release."""
         resource = self._latest()
         if resource is None or resource.status.state is None:
             return
 
         def change(newest: RolloutResource) -> ReleaseRolloutStatus | None:
-            relevant = _relevant_alerts(alerts.values(), newest.status.state)
+            relevant = relevant_alerts(alerts.values(), newest.status.state)
             return None if relevant == newest.status.alerts else newest.status.model_copy(update={"alerts": relevant})
 
         self._write(resource, change)
@@ -218,7 +220,7 @@ class KubeRolloutStore:
         self._last_reconciles[last_reconcile.rollout_id] = last_reconcile
 
         def change(resource: RolloutResource) -> ReleaseRolloutStatus | None:
-            if _same_outcome(last_reconcile, resource.status.last_reconcile):
+            if same_outcome(last_reconcile, resource.status.last_reconcile):
                 return None
             return with_derived_fields(
                 resource, resource.status.model_copy(update={"last_reconcile": last_reconcile}), self._clock()
@@ -271,9 +273,13 @@ class KubeRolloutStore:
         numbers = [entry.number for resource in self._cache.all() for entry in resource.status.history[-1:]]
         return max(numbers, default=0) + 1
 
-    def _write(self, resource: RolloutResource, change: Change) -> RolloutResource:
-        """Writes the status that ``change`` returns for the latest resource; None writes nothing."""
-        with self._writing:
+    def _write(self, resource: RolloutResource, change: Change, timeout_s: float | None = None) -> RolloutResource:
+        """Writes the status that ``change`` returns for the latest resource; None writes nothing.
+
+        Args:
+            timeout_s: how long to wait for another thread's write, and for each answer of the API server.
+        """
+        with self._exclusive(timeout_s):
             if isinstance(self._cache, InformerCache):  # another thread may have written while this one waited
                 resource = self._cache.by_uid(resource.uid) or resource
             for _ in range(_ATTEMPTS):
@@ -284,7 +290,9 @@ class KubeRolloutStore:
                     self._cache.expect_own_write(resource.uid, status.version)
                 try:
                     written = parse_rollout(
-                        self._api.replace(f"{PATH}/{resource.name}/status", _status_document(resource, status))
+                        self._api.replace(
+                            f"{PATH}/{resource.name}/status", status_document(resource, status), timeout_s=timeout_s
+                        )
                     )
                 except ConflictError:
                     resource = self._refetch(resource)
@@ -294,6 +302,26 @@ class KubeRolloutStore:
                     self._cache.store_written(written)
                     return written
         raise RolloutError(f"cannot write rollout {resource.name}: it changed {_ATTEMPTS} times meanwhile; try again")
+
+    @contextmanager
+    def _exclusive(self, timeout_s: float | None) -> Iterator[None]:
+        """Holds the right to write: no other thread writes, and no other replica may be active.
+
+        Raises:
+            KubernetesError: if another thread's write takes longer than ``timeout_s``, or the Lease is not valid.
+        """
+        if not self._writing.acquire(timeout=-1 if timeout_s is None else timeout_s):
+            raise KubernetesError(
+                f"status not written: another write has waited for the API server for {timeout_s:g} s"
+            )
+        try:
+            try:
+                self._require_lease()
+            except RolloutError as error:
+                raise KubernetesError(f"status not written: {error}") from error
+            yield
+        finally:
+            self._writing.release()
 
     def _refetch(self, resource: RolloutResource) -> RolloutResource:
         document = self._api.get(f"{PATH}/{resource.name}")
@@ -352,42 +380,3 @@ def _unseen_commands(resource: RolloutResource) -> list[CommandRequest]:
     while len(commands) >= MAX_COMMANDS and commands[0].id in processed:
         commands.pop(0)
     return commands
-
-
-def _relevant_alerts(alerts: Any, state: RolloutState | None) -> tuple[KnownAlert, ...]:
-    if state is None:
-        return ()
-    relevant = [
-        alert
-        for alert in alerts
-        if alert.starts_at >= state.started_at
-        and names_release(dict(alert.labels).get("release", ""), state.canary_release)
-    ]
-    return tuple(sorted(relevant, key=lambda alert: (alert.starts_at, alert.group_key, alert.labels))[-ALERTS_LIMIT:])
-
-
-def _same_outcome(one: LastReconcile, other: LastReconcile | None) -> bool:
-    if other is None or one.action != other.action:
-        return False
-    return all(one.traffic.get(key) == other.traffic.get(key) for key in _COMPARED_TRAFFIC_KEYS)
-
-
-def _object_head(name: str) -> dict[str, Any]:
-    return {"apiVersion": f"{GROUP}/{VERSION}", "kind": ROLLOUT_KIND, "metadata": {"name": name}}
-
-
-def _spec_document(spec: ReleaseRolloutSpec) -> dict[str, Any]:
-    document = spec.document()
-    if spec.policy is not None:  # null disables a guardrail, so nulls are kept
-        document["policy"] = spec.policy.model_dump(mode="json")
-    return document
-
-
-def _status_document(resource: RolloutResource, status: ReleaseRolloutStatus) -> dict[str, Any]:
-    document = status.document()
-    parts = {"state": status.state, "policy": status.policy, "lastReconcile": status.last_reconcile}
-    document |= {name: part.model_dump(mode="json") for name, part in parts.items() if part is not None}
-    document["history"] = [entry.model_dump(mode="json") for entry in status.history]
-    head = _object_head(resource.name)
-    head["metadata"] |= {"namespace": resource.namespace, "resourceVersion": resource.resource_version}
-    return {**head, "status": document}

@@ -2,10 +2,13 @@
 
 Two operators that both move traffic would undo each other's changes. The Lease needs the rights ``get``, ``create`` and
 ``update`` on one object. Clocks of different machines are never compared: a holder counts as lost if its record has not
-changed for the lease duration by the local clock. A holder that cannot renew for 70 % of the duration stops before
-another replica can take over, and traffic is written only while that deadline has not passed (``require_valid``). If a
-process was frozen for longer than that, statuses are still written by resource version, so one of the two writes is
-rejected.
+changed for the lease duration by the local clock. A holder that cannot renew for 70 % of the duration is cut off
+before another replica can take over, and traffic is written only while that deadline has not passed
+(``require_valid``). If a process was frozen for longer than that, statuses are still written by resource version, so
+one of the two writes is rejected.
+
+A holder that is cut off remains the last known holder. It may still roll back (``require_last_holder``), keeps trying
+to renew, and continues as before if nobody has taken the Lease meanwhile. Otherwise the Lease is lost.
 """
 
 from __future__ import annotations
@@ -52,6 +55,8 @@ class LeaderElector:
         self._duration_s, self._clock = duration_s, clock
         self._renewed_at = _NEVER
         self._observed: tuple[str, float] = ("", _NEVER)
+        self._last_holder = False
+        """Whether this process held the Lease when the API server last answered."""
         self.holder = ""
 
     def acquire(self, stop: threading.Event) -> bool:
@@ -70,20 +75,39 @@ class LeaderElector:
             stop.wait(self._duration_s / 5)
         return False
 
-    def renew_until(self, stop: threading.Event, on_lost: Callable[[], None]) -> None:
-        """Renews until stopped. Calls ``on_lost`` once if the Lease is lost or was not renewed before the deadline."""
-        while not stop.wait(min(self._duration_s / 5, self._remaining_s() / 4)):
+    def renew_until(
+        self, stop: threading.Event, on_lost: Callable[[], None], on_cut_off: Callable[[bool], None] = lambda _: None
+    ) -> None:
+        """Renews until stopped, or until another process holds the Lease.
+
+        Args:
+            on_lost: called once if another process holds the Lease, or has held it.
+            on_cut_off: called with True if the Lease was not renewed before its deadline, and with False once it is.
+        """
+        cut_off = failing = False
+        while not stop.wait(self._pause_s()):
             try:
                 if not self.try_acquire_or_renew():
-                    log.error("lease %s: lost to %s", self._name, self.holder)
+                    log.error("lease %s: lost to %s", self._name, self.holder or "nobody, another process released it")
                     on_lost()
                     return
+                if cut_off:
+                    on_cut_off(False)
+                if failing:
+                    log.warning("lease %s: renewed again", self._name)
+                cut_off = failing = False
             except Exception as error:  # an unexpected error must not end the renewal unnoticed
-                silent_s = self._clock() - self._renewed_at
-                log.warning("lease %s: not renewed for %.1f s: %s", self._name, silent_s, error)
-                if self._remaining_s() < _MIN_REQUEST_TIMEOUT_S:
-                    on_lost()
-                    return
+                if not failing:
+                    log.warning("lease %s: not renewed: %s", self._name, error)
+                failing = True
+                if not cut_off and self._remaining_s() < _MIN_REQUEST_TIMEOUT_S:
+                    log.error("lease %s: cut off, nothing but rollbacks until it is renewed: %s", self._name, error)
+                    cut_off = True
+                    on_cut_off(True)
+
+    def _pause_s(self) -> float:
+        remaining_s = self._remaining_s()
+        return min(self._duration_s / 5, remaining_s / 4) if remaining_s > 0 else self._duration_s / 5
 
     def require_valid(self) -> None:
         """Checks that this process may still write traffic. Sends no request.
@@ -94,6 +118,18 @@ class LeaderElector:
         if self._remaining_s() <= 0:
             raise RolloutError(
                 f"traffic not written: lease {self._name} is no longer held by {self._identity}; the replica that "
+                "holds it writes the traffic"
+            )
+
+    def require_last_holder(self) -> None:
+        """Checks that this process may roll back: it holds the Lease, or was cut off while it held it. No request.
+
+        Raises:
+            RolloutError: if another process holds the Lease, or this one has never held or has released it.
+        """
+        if not self._last_holder:
+            raise RolloutError(
+                f"traffic not written: {self._identity} is not the last holder of lease {self._name}; the replica that "
                 "holds it writes the traffic"
             )
 
@@ -127,12 +163,13 @@ class LeaderElector:
             except ConflictError:
                 held = False  # another replica was faster; the next attempt reads its name
         self._renewed_at = began if held else _NEVER
+        self._last_holder = held
         self.holder = self._identity if held else self.holder
         return held
 
     def release(self) -> None:
         """Clears the holder, so that another replica can take over at once."""
-        self._renewed_at = _NEVER
+        self._renewed_at, self._last_holder = _NEVER, False
         try:
             document = self._api.get(f"{_PATH}/{self._name}")
             if document is not None and document["spec"].get("holderIdentity") == self._identity:
@@ -148,6 +185,8 @@ class LeaderElector:
         version = str(document["metadata"]["resourceVersion"])
         if version != self._observed[0]:
             self._observed = (version, now)
+        if self._last_holder and self.holder != self._identity:
+            return False  # another process has held it meanwhile
         lasts_s = float(spec.get("leaseDurationSeconds") or self._duration_s)
         return self.holder in ("", self._identity) or now - self._observed[1] > lasts_s
 

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, Field
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from reelway.platform.cluster.inference_service import read_template
+from reelway.platform.listen_address import EVERYWHERE
 from reelway.platform.rollout.control.controller_settings import (
     AlertmanagerSettings,
     PrometheusSettings,
@@ -39,7 +40,7 @@ UrlTemplate = Annotated[str, AfterValidator(_check_url_template)]
 
 
 class OperatorWebhookSettings(WebhookSettings):
-    host: str = "0.0.0.0"
+    host: str = EVERYWHERE
     port: int = Field(default=8080, ge=0, le=65535, description="0 selects a free port")
     token_file: Path = Field(
         default=Path("/etc/reelway/tokens/webhook"), description="bearer token that Alertmanager sends"

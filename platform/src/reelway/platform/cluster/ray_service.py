@@ -98,9 +98,7 @@ class RayServiceBackend:
         try:
             snapshot = snapshot or self.fetch()
         except KubernetesError as error:
-            if self.serve.config is None:
-                raise RolloutError(str(error)) from error
-            self.serve.write(with_target(self.serve.config, target))
+            self.serve.apply(target)
             raise self._not_declared(str(error)) from error
         if not snapshot.config and self.serve.config is None:
             self.serve.observe()

@@ -1,9 +1,10 @@
 """Runs the rollouts of one namespace on Kubernetes: ``reelway operator``.
 
 The operator starts one ``BackendController`` per traffic backend, with the controller of local mode and a store in the
-rollouts' status. One replica is active (``leader_election``). All state is in the resources, so the process may be
-killed at any instruction and another replica continues. ``admission`` decides whether a rollout may start;
-``decision`` decides everything after that.
+rollouts' status. One replica is active (``leader_election``). While the API server cannot be reached, the active one
+keeps running and may only roll back (``rollout/control/unrecorded_rollback``). All state is in the resources, so the
+process may be killed at any instruction and another replica continues. ``admission`` decides whether a rollout may
+start; ``decision`` decides everything after that.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ from reelway.platform.cluster.rollout_cache import InformerCache
 from reelway.platform.cluster.rollout_watch import RolloutWatch
 from reelway.platform.cluster.status import REFUSED, WAITING, may_move_traffic
 from reelway.platform.errors import ConfigError, KubernetesError, ReelwayError, RolloutError
-from reelway.platform.rollout.alerts import KnownAlert
+from reelway.platform.rollout.alerts import KnownAlert, Relevance
 from reelway.platform.rollout.control.bearer_token import ensure_bearer_token
 from reelway.platform.rollout.control.controller_metrics import ControllerMetrics
-from reelway.platform.rollout.control.local_controller import stopped_by_signals
 from reelway.platform.rollout.control.webhook import serve_in_thread
 from reelway.platform.rollout.policy import RolloutPolicy, default_policy, parse_policy
+from reelway.platform.stop_signals import stopped_by_signals
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +57,8 @@ def run_operator(api: KubeApi, settings: OperatorSettings, stop: threading.Event
         stack.enter_context(stopped_by_signals(stop.set))
         operator = RolloutOperator(api, settings)
         application = operator_application(operator, ensure_bearer_token(settings.webhook.token_file), operator.metrics)
-        url = stack.enter_context(serve_in_thread(application, settings.webhook.host, settings.webhook.port))
+        webhook = settings.webhook
+        url = stack.enter_context(serve_in_thread(application, webhook.host, webhook.port, webhook.certificate()))
         log.info("operator of namespace %s: started, webhook at %s", api.namespace, url)
         operator.run(stop)
     log.info("operator of namespace %s: stopped", api.namespace)
@@ -76,6 +78,8 @@ class RolloutOperator:
         lease = settings.lease
         self._lease = LeaderElector(api, lease.name, settings.identity, duration_s=lease.duration_s)
         self._active = False
+        self._controllers_known = False
+        """Whether the started rollouts have controllers. An alert before that would reach none of them."""
         self._last_errors: dict[str, str] = {}
         self._failure = ""
 
@@ -91,7 +95,9 @@ class RolloutOperator:
             return
         renewal_stop = threading.Event()
         renewal = threading.Thread(
-            target=lease.renew_until, args=(renewal_stop, lambda: self._fail("the lease was lost", stop)), name="lease"
+            target=lease.renew_until,
+            args=(renewal_stop, lambda: self._fail("the lease was lost", stop), self.metrics.cut_off.set),
+            name="lease",
         )
         # Both only read rollouts or write Releases, so nothing waits for a request of theirs at the end.
         readers = [threading.Thread(target=self._run_watch, args=(stop,), name="watch", daemon=True)]
@@ -123,20 +129,34 @@ class RolloutOperator:
         if self._failure:
             raise KubernetesError(f"{self._failure}; this process exits so that another replica can take over")
 
-    def deliver(self, news: Iterable[KnownAlert], /) -> bool:
-        """Passes alerts to every backend controller; see ``AlertRegistry.deliver``.
+    def relevance(self) -> Relevance:
+        """Returns what selects the alerts that name a release of a rollout of this namespace.
 
         Alerts with the label of another namespace are ignored: the same release may be a canary there as well.
 
         Raises:
+            KubernetesError: if another replica is active, or this one does not know the rollouts yet.
+        """
+        self._require_rollouts()
+        namespace = self._api.namespace
+        selects = [controller.alerts.relevance() for controller in list(self._controllers.values())]
+        return lambda labels: labels.get("namespace", namespace) == namespace and any(one(labels) for one in selects)
+
+    def deliver(self, news: Iterable[KnownAlert], /) -> bool:
+        """Passes alerts to every backend controller; see ``AlertRegistry.deliver``.
+
+        Raises:
             KubernetesError: if another replica is active or the alerts cannot be stored; deliver them again.
         """
-        if not self._active:
-            raise KubernetesError("this operator is on standby: another replica is active; send the alerts again")
-        namespace = self._api.namespace
-        in_scope = [alert for alert in news if dict(alert.labels).get("namespace", namespace) == namespace]
-        changed = [controller.alerts.deliver(in_scope) for controller in list(self._controllers.values())]
+        self._require_rollouts()
+        news = list(news)
+        changed = [controller.alerts.deliver(news) for controller in list(self._controllers.values())]
         return any(changed)
+
+    def _require_rollouts(self) -> None:
+        if not (self._active and self._controllers_known):
+            reason = "another replica is active" if not self._active else "it has just become active"
+            raise KubernetesError(f"this operator is on standby: {reason}; send the alerts again")
 
     def wake(self) -> None:
         """Starts a reconcile of every backend controller now, because alerts arrived."""
@@ -170,7 +190,7 @@ class RolloutOperator:
     def _loop(self, stop: threading.Event) -> None:
         while not stop.is_set():
             revision = self._cache.revision(include_own=True)
-            self._guarded("admission", self._admit_pending)
+            self._controllers_known |= self._guarded("admission", self._admit_pending)
             self._guarded("finalizers", self._reconcile_finalizers)
             self._guarded("serve config", self._reconcile_serve_config)  # last, because Serve may be slow to answer
             deadline = time.monotonic() + _ADMISSION_INTERVAL_S
@@ -277,7 +297,7 @@ class RolloutOperator:
         if controller is None:
             on_decision = self._events.record_decision if self._events else lambda *_: None
             controller = BackendController(
-                self._api, self._cache, backend, self._settings, self.metrics, on_decision, self._lease.require_valid
+                self._api, self._cache, backend, self._settings, self.metrics, on_decision, self._lease
             )
             self._controllers[backend.key] = controller
             controller.start()
@@ -299,7 +319,8 @@ class RolloutOperator:
         if self._events is not None:
             self._events.record_event(resource, action, message, time.time())
 
-    def _guarded(self, kind: str, call: Callable[[], None]) -> None:
+    def _guarded(self, kind: str, call: Callable[[], None]) -> bool:
+        """Calls ``call`` and logs every exception. Returns whether there was none."""
         try:
             call()
             text = ""
@@ -309,10 +330,11 @@ class RolloutOperator:
         except Exception:
             self.metrics.failures.labels(kind).inc()
             log.exception("%s failed with an unexpected error; continuing", kind)
-            return
+            return False
         if text != self._last_errors.get(kind, ""):
             log.warning("%s: %s", kind, text) if text else log.info("%s: recovered", kind)
         self._last_errors[kind] = text
+        return not text
 
 
 def _live(controller: BackendController) -> tuple[str | None, str]:

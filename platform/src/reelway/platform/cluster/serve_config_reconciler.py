@@ -160,8 +160,16 @@ class ServeConfigReconciler:
             ) from error
 
     def _in_transition(self, declared: DeclaredConfig) -> bool:
-        """Returns whether a rollout has recorded or written another routing than the one declared."""
+        """Returns whether a rollout has recorded or written another routing than the one declared.
+
+        A rollback that is not recorded yet is in Serve alone, so that Serve is asked if its configuration is unknown.
+        """
         target = self._recorded_target()
+        if self._backend.serve.config is None:
+            self._backend.serve.observe()
+        routing = find_routing(self._backend.serve.config or {}) or {}
+        if target and routing.get("rollback") and routing.get("rollout") == target.routing.rollout:
+            return True
         if declared.config and target and target.routing != self._checked_routing(declared.config):
             return True
         running = self._backend.serve.config

@@ -5,11 +5,12 @@ Pure functions. ``kubectl get`` prints these fields, and ``kubectl wait`` waits 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
 from reelway.platform.cluster.resources import (
+    ALERTS_LIMIT,
     HISTORY_LIMIT,
     MAX_ENTRIES_WITH_EVIDENCE,
     Condition,
@@ -18,12 +19,14 @@ from reelway.platform.cluster.resources import (
     RolloutResource,
 )
 from reelway.platform.contracts.ids import short_id
+from reelway.platform.rollout.alerts import RELEASE_LABEL, KnownAlert, names_release
 from reelway.platform.rollout.records import HistoryEntry, LastReconcile
 from reelway.platform.rollout.state import Phase, RolloutState
 
 WAITING: Final = "Waiting"
 REFUSED: Final = "Refused"
 _WORST_FIRST: Final = ("bad", "telemetry_down", "insufficient", "ok")
+_COMPARED_TRAFFIC_KEYS: Final = ("reached", "trouble", "detail", "failed", "ready", "releases", "routing")
 _DECISIVE: Final = frozenset({"promote", "roll_back"})
 
 
@@ -163,6 +166,29 @@ def _truncated_history(history: Sequence[HistoryEntry]) -> tuple[HistoryEntry, .
         entry if entry.action in _DECISIVE or not entry.evidence else entry.model_copy(update={"evidence": {}})
         for entry in older
     ) + tuple(newest[-MAX_ENTRIES_WITH_EVIDENCE:])
+
+
+def relevant_alerts(alerts: Iterable[KnownAlert], state: RolloutState | None) -> tuple[KnownAlert, ...]:
+    """Returns the alerts to store in the status of a rollout: those received during it that name its release."""
+    if state is None:
+        return ()
+    relevant = [
+        alert
+        for alert in alerts
+        if alert.rollout == state.id
+        and (alert.is_omission or names_release(dict(alert.labels).get(RELEASE_LABEL, ""), state.canary_release))
+    ]
+    newest_last = sorted(
+        relevant, key=lambda alert: (alert.is_omission, alert.starts_at, alert.group_key, alert.labels)
+    )
+    return tuple(newest_last[-ALERTS_LIMIT:])
+
+
+def same_outcome(one: LastReconcile, other: LastReconcile | None) -> bool:
+    """Returns whether two reconciles had the same outcome, so that the second need not be written at once."""
+    if other is None or one.action != other.action:
+        return False
+    return all(one.traffic.get(key) == other.traffic.get(key) for key in _COMPARED_TRAFFIC_KEYS)
 
 
 def _condition_status(value: bool) -> str:

@@ -6,10 +6,12 @@ records are deleted first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from reelway.platform.retention import DAY_S, retention
 from reelway.platform.sqlite_file import SqliteFile, SqliteFormat
 
 _FORMAT: Final = SqliteFormat(
@@ -23,6 +25,7 @@ _FORMAT: Final = SqliteFormat(
                payload BLOB NOT NULL, UNIQUE (log, "partition", offset))""",
     ),
 )
+_COLUMNS: Final = 'log, "partition", offset, time_us, kind, reason, payload'
 MAX_RECORDS: Final = 10_000
 MAX_BYTES: Final = 64 << 20
 MAX_REASON_CHARACTERS: Final = 500
@@ -46,15 +49,24 @@ class ParkedRecords:
     Args:
         max_records: parked records beyond which the oldest are deleted.
         max_bytes: sum of the payloads' bytes beyond which the oldest are deleted.
+        retain_s: how much older than the newest record a record may be; by default ``retention`` says so.
 
     Raises:
         MalformedFileError: if the file is not one of parked records.
         StorageError: if it cannot be opened or written. ``park`` raises these two as well.
     """
 
-    def __init__(self, path: Path, *, max_records: int = MAX_RECORDS, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        max_records: int = MAX_RECORDS,
+        max_bytes: int = MAX_BYTES,
+        retain_s: float | None = None,
+    ) -> None:
         self._file = SqliteFile(path, _FORMAT)
         self._max_records, self._max_bytes = max_records, max_bytes
+        self._retain_s = retention().parked_days * DAY_S if retain_s is None else retain_s
 
     def park(self, records: Sequence[ParkedRecord]) -> None:
         """Stores records that are not yet parked."""
@@ -65,6 +77,8 @@ class ParkedRecords:
                 " VALUES (?, ?, ?, ?, ?, ?, ?)",
                 rows,
             )
+            newest_us = max((record.time_us for record in rows), default=0)
+            db.execute("DELETE FROM parked WHERE time_us < ?", (newest_us - int(self._retain_s * 1e6),))
             db.execute(
                 "DELETE FROM parked WHERE number IN (SELECT number FROM (SELECT number,"
                 " sum(length(payload)) OVER newest_first AS bytes, row_number() OVER newest_first AS records"
@@ -72,13 +86,28 @@ class ParkedRecords:
                 (self._max_bytes, self._max_records),
             )
 
+    def count(self, concerns: Callable[[ParkedRecord], bool]) -> int:
+        """Returns the number of parked records for which ``concerns`` returns True."""
+        with self._file.reading() as db:
+            return sum(concerns(record) for _, record in _numbered(db))
+
+    def delete(self, concerns: Callable[[ParkedRecord], bool]) -> int:
+        """Deletes the parked records for which ``concerns`` returns True, for good. Returns their number."""
+        with self._file.erasing() as db:
+            numbers = [(number,) for number, record in _numbered(db) if concerns(record)]
+            db.executemany("DELETE FROM parked WHERE number = ?", numbers)
+        self._file.truncate_wal()
+        return len(numbers)
+
     def records(self) -> list[ParkedRecord]:
         """All parked records, oldest first."""
         with self._file.reading() as db:
-            rows = db.execute(
-                'SELECT log, "partition", offset, time_us, kind, reason, payload FROM parked ORDER BY number'
-            ).fetchall()
-        return [ParkedRecord(*row) for row in rows]
+            return [record for _, record in _numbered(db)]
 
     def close(self) -> None:
         self._file.close()
+
+
+def _numbered(db: sqlite3.Connection) -> Iterator[tuple[int, ParkedRecord]]:
+    for number, *columns in db.execute(f"SELECT number, {_COLUMNS} FROM parked ORDER BY number"):
+        yield number, ParkedRecord(*columns)

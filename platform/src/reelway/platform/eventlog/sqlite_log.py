@@ -37,6 +37,8 @@ POLL_INTERVAL_S: Final = 0.05
 TIME_INTERVAL_US: Final = 250_000
 """How far the log's time may be behind the clock before a reader at the log's end advances it."""
 RETENTION_INTERVAL_S: Final = 600.0
+REWRITE_RECORDS: Final = 200
+"""Records that one transaction of ``rewrite`` reads."""
 
 
 class SqliteLog:
@@ -141,6 +143,30 @@ class SqliteLog:
                 " AND later.offset > records.offset))",
                 (oldest_us,),
             ).rowcount
+
+    def rewrite(self, rewritten: Callable[[bytes], bytes]) -> None:
+        """Replaces payloads of retained records for good; other records keep their offsets and times.
+
+        Each transaction covers some records, so a call that ends early is completed by another one.
+
+        Args:
+            rewritten: returns a record's new payload, or the same object to leave it unchanged.
+        """
+        first = 0
+        while True:
+            with self._file.erasing() as db:
+                rows = db.execute(
+                    "SELECT offset, payload FROM records WHERE offset >= ? ORDER BY offset LIMIT ?",
+                    (first, REWRITE_RECORDS),
+                ).fetchall()
+                for offset, before in rows:
+                    after = rewritten(before)
+                    if after is not before:
+                        db.execute("UPDATE records SET payload = ? WHERE offset = ?", (after, offset))
+            if len(rows) < REWRITE_RECORDS:
+                break
+            first = rows[-1][0] + 1
+        self._file.truncate_wal()
 
     def close(self) -> None:
         self._file.close()

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, Final
 import yaml
 
 from reelway.platform.atomic_files import atomic_file
-from reelway.platform.errors import ConfigError, FeatureError
+from reelway.platform.errors import FeatureError
+from reelway.platform.features.redis_address import ONLINE_STORE_VARIABLE, remember_password, without_password
+from reelway.platform.retention import DAY_S, retention
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -22,44 +24,36 @@ if TYPE_CHECKING:
 PROJECT: Final = "reelway"
 CONFIG_FILE: Final = "feature_store.yaml"
 OFFLINE_STORE: Final = "reelway.platform.features.offline_store.LiteralPathOfflineStore"
-ONLINE_STORE_VARIABLE: Final = "REELWAY_ONLINE_STORE"
-"""``sqlite`` (default) or ``redis[s]://host:port[/db]``, read when a run's ``feature_store.yaml`` is written."""
-PASSWORD_VARIABLE: Final = "REDIS_PASSWORD"
-"""Password of the online store. Feast reads it when it opens the store, so no file contains the password."""
+ONLINE_STORE: Final = "reelway.platform.features.redis_store.RedisAddressOnlineStore"
 
 
 def online_store_config(address: str) -> dict[str, Any]:
-    """Returns Feast's ``online_store`` section for ``sqlite``, ``redis://...`` or (with TLS) ``rediss://...``.
+    """Returns Feast's ``online_store`` section for ``sqlite`` or the address of a Redis, without its password.
 
     Raises:
-        ConfigError: if the address has another scheme.
+        ConfigError: if the address is invalid.
     """
     if address == "sqlite":
         return {"type": "sqlite", "path": "online.db"}
-    scheme, _, server = address.partition("://")
-    if scheme in ("redis", "rediss") and (server := server.rstrip("/")):
-        host, _, database = server.partition("/")
-        # Reading a viewer's row may take at most half a second. After that the request falls back to an answer without
-        # the row. redis-py's default, three retries with increasing delays, could delay a request by eight seconds.
-        connection = f"{host},db={database or 0},socket_timeout=0.5,socket_connect_timeout=0.5,retry=null"
-        connection += ",ssl=true" * (scheme == "rediss")
-        connection += f",password=${{{PASSWORD_VARIABLE}}}" * (PASSWORD_VARIABLE in os.environ)
-        # skip_dedup: a materialisation writes complete rows of one time, so the last write is correct. Feast's
-        # check would drop a corrected row of the same time.
-        return {"type": "redis", "connection_string": connection, "skip_dedup": True}
-    raise ConfigError(
-        f"online store {address!r}: expected 'sqlite', 'redis://host:port' or 'rediss://host:port'; set "
-        f"{ONLINE_STORE_VARIABLE}"
-    )
+    # skip_dedup: a materialisation writes complete rows of one time, so the last write is correct. Feast's check would
+    # drop a corrected row of the same time.
+    ttl_s = int(retention().online_row_days * DAY_S)
+    return {"type": ONLINE_STORE, "address": without_password(address), "skip_dedup": True, "key_ttl_seconds": ttl_s}
 
 
 def write_store_config(features_dir: Path, online_store: str | None = None) -> Path:
     """Writes ``feature_store.yaml`` for a run. Relative paths in the file refer to ``features_dir``.
 
+    A password in the address is not written. This process keeps it in memory; other processes that open the store need
+    it in their environment (``redis_address``).
+
     Args:
         online_store: see ``online_store_config``; defaults to the environment variable ``REELWAY_ONLINE_STORE``.
+
+    Raises:
+        ConfigError: if the address is invalid.
     """
-    address = online_store or os.environ.get(ONLINE_STORE_VARIABLE, "sqlite")
+    address = online_store or os.environ.get(ONLINE_STORE_VARIABLE) or "sqlite"
     config = {
         "project": PROJECT,
         "provider": "local",
@@ -71,6 +65,7 @@ def write_store_config(features_dir: Path, online_store: str | None = None) -> P
     path = features_dir / CONFIG_FILE
     with atomic_file(path) as temporary:
         temporary.write_text(yaml.safe_dump(config, sort_keys=False))
+    remember_password(address)
     return path
 
 
@@ -101,13 +96,44 @@ def open_feature_store(features_dir: Path) -> FeatureStore:
     if not (features_dir / CONFIG_FILE).exists():
         raise FeatureError(f"{features_dir}: no {CONFIG_FILE}; run `reelway features --run {features_dir.parent}`")
     import_feast()
-    from feast import FeatureStore
+    from feast import FeatureStore, RepoConfig
     from feast.errors import FeastError
+    from pydantic import ValidationError
 
+    path = features_dir / CONFIG_FILE
+    settings = _read_store_config(path)
     try:
-        return FeatureStore(repo_path=str(features_dir))
+        config = RepoConfig(**settings)
+        config.repo_path = features_dir
+        return FeatureStore(repo_path=str(features_dir), config=config)
+    except ValidationError as error:  # its own text shows values, which may be passwords
+        problems = [f"{'.'.join(map(str, one['loc'])) or 'settings'}: {one['msg']}" for one in error.errors()]
+        raise FeatureError(f"{path}: cannot open the feature store: {'; '.join(problems)}") from None
     except (FeastError, OSError, ValueError) as error:
-        raise FeatureError(f"{features_dir / CONFIG_FILE}: cannot open the feature store: {error}") from error
+        raise FeatureError(f"{path}: cannot open the feature store: {error}") from error
+
+
+def _read_store_config(path: Path) -> dict[str, Any]:
+    """Reads the file and replaces ``$NAME`` and ``${NAME}`` in its values by environment variables.
+
+    Feast replaces them before it parses the YAML, so that a password with a quote or a ``#`` breaks the file.
+    """
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        place = f" (line {mark.line + 1})" if (mark := getattr(error, "problem_mark", None)) else ""
+        raise FeatureError(f"{path}: cannot read the file as YAML{place}; run `reelway features` again") from None
+    if not isinstance(settings, dict):
+        raise FeatureError(f"{path}: saw no mapping of settings; run `reelway features` again")
+    return {str(name): _expand_variables(value) for name, value in settings.items()}
+
+
+def _expand_variables(value: Any) -> Any:
+    if isinstance(value, str):
+        return os.path.expandvars(value)
+    if isinstance(value, dict):
+        return {name: _expand_variables(below) for name, below in value.items()}
+    return [_expand_variables(below) for below in value] if isinstance(value, list) else value
 
 
 def feature_service(store: FeatureStore, name: str) -> Any:

@@ -15,7 +15,8 @@ import os
 import socket
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -138,9 +139,7 @@ class VectorLog(SampledVectors):
 
     def _append(self, line: bytes) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        guard = os.open(self.path.with_name(self.path.name + ".lock"), os.O_CREAT | os.O_RDWR, 0o644)
-        try:
-            fcntl.flock(guard, fcntl.LOCK_EX)
+        with log_lock(self.path):
             if self.path.exists() and self.path.stat().st_size + len(line) > self._half_bytes:
                 self.path.replace(_previous(self.path))
             with self.path.open("ab+") as handle:
@@ -149,8 +148,17 @@ class VectorLog(SampledVectors):
                 handle.write(line)
                 handle.flush()
                 os.fsync(handle.fileno())
-        finally:
-            os.close(guard)
+
+
+@contextmanager
+def log_lock(path: Path) -> Iterator[None]:
+    """Holds the lock of a log's file among threads and processes; its older half has the same lock."""
+    guard = os.open(path.with_name(path.name + ".lock"), os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(guard)
 
 
 def host_log_path(path: Path) -> Path:

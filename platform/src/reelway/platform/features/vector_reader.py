@@ -15,14 +15,12 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 import fsspec
-from fsspec.implementations.local import LocalFileSystem
 
 from reelway.platform.errors import ConfigError, MalformedFileError, StorageError
 from reelway.platform.features.vector_log import PREVIOUS_SUFFIX, ServedVector
+from reelway.platform.features.vector_retention import delete_expired
 
 SUFFIX: Final = ".jsonl"
-RETAIN_S: Final = 86_400.0
-"""Objects that were read completely and are older than this are deleted; their writer may be gone."""
 
 VectorPosition = dict[str, dict[str, Any]]
 """File -> ``id`` (digest of its first line) and ``offset`` of the next line in bytes."""
@@ -63,23 +61,18 @@ class VectorReader:
             raise StorageError(f"vector log {self._root}: cannot read it: {error}") from error
 
     def delete_old_segments(self, now_s: float | None = None) -> int:
-        """Deletes objects of an object store that were read and are older than ``RETAIN_S``. Returns their number."""
-        if isinstance(self._files, LocalFileSystem):
-            return 0
-        oldest_ms = ((time.time() if now_s is None else now_s) - RETAIN_S) * 1000
-        deleted = 0
-        for name in list(self.position):
-            stem = name.rsplit("/", 1)[-1].removesuffix(SUFFIX)
-            if stem.isdecimal() and int(stem) < oldest_ms:
-                try:
-                    self._files.rm_file(name)
-                except FileNotFoundError:
-                    pass
-                except OSError as error:
-                    raise StorageError(f"vector log {name}: cannot delete it: {error}") from error
-                del self.position[name]
-                deleted += 1
-        return deleted
+        """Deletes logs of all pods that are too old or too large together. Returns the number of files.
+
+        Raises:
+            StorageError: if a file cannot be deleted.
+        """
+        try:
+            deleted = delete_expired(self._files, self._root, time.time() if now_s is None else now_s)
+        except OSError as error:
+            raise StorageError(f"vector log {self._root}: cannot delete old files: {error}") from error
+        for name in deleted:
+            self.position.pop(name, None)
+        return len(deleted)
 
     def _names(self) -> list[str]:
         """Returns the files without the suffix of older halves."""
@@ -113,6 +106,10 @@ class VectorReader:
         for line in handle:
             if not line.endswith(b"\n"):
                 break
+            if not line.strip():  # a vector of an erased viewer, see erasure.vector_logs
+                offset += len(line)
+                self.position[name] = {"id": digest, "offset": offset}
+                continue
             try:
                 vector = ServedVector(**json.loads(line))
             except (ValueError, TypeError) as error:

@@ -5,7 +5,8 @@
     <url>/<host>-<process>/<unix ms>.jsonl
 
 Vectors of the last interval are lost if the process is killed; no request waits for the store. An object that cannot
-be written is dropped, with a warning and counted by ``on_lost``. The writer deletes its oldest objects beyond a size.
+be written is dropped, with a warning and counted by ``on_lost``. The writer deletes its oldest objects beyond a size,
+and what ``vector_retention`` allows no longer, of its own and of other processes.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ import fsspec
 
 from reelway.platform.errors import ConfigError
 from reelway.platform.features.vector_log import MAX_BYTES, SampledVectors, VectorLog, host_log_path
+from reelway.platform.features.vector_retention import delete_expired
 
 log = logging.getLogger(__name__)
 
 INTERVAL_S: Final = 10.0
 """Seconds between two objects."""
+RETENTION_INTERVAL_S: Final = 3600.0
 MAX_PENDING_BYTES: Final = 8 << 20
 """An object is also written when so many bytes wait."""
 
@@ -51,7 +54,8 @@ class VectorSegments(SampledVectors):
             self._files, root = fsspec.core.url_to_fs(url)
         except (ValueError, ImportError) as error:
             raise ConfigError(f"vector log {url!r}: cannot open the URL: {error}") from error
-        self._folder = f"{root.rstrip('/')}/{socket.gethostname()}-{os.getpid()}"
+        self._root, self._next_retention = root.rstrip("/"), 0.0
+        self._folder = f"{self._root}/{socket.gethostname()}-{os.getpid()}"
         self._max_bytes, self._interval_s = max_bytes, interval_s
         self._lock, self._writing = threading.Lock(), threading.Lock()
         self._pending: list[bytes] = []
@@ -90,6 +94,7 @@ class VectorSegments(SampledVectors):
             self._written.append((path, len(content)))
             try:
                 self._delete_oldest()
+                self._delete_expired()
             except Exception as error:  # see above
                 log.warning("old parity samples not deleted: folder=%s error=%s", self._folder, error)
 
@@ -105,6 +110,11 @@ class VectorSegments(SampledVectors):
             if self._files.exists(path):
                 self._files.rm_file(path)
 
+    def _delete_expired(self) -> None:
+        if time.monotonic() >= self._next_retention:
+            self._next_retention = time.monotonic() + RETENTION_INTERVAL_S
+            delete_expired(self._files, self._root, time.time())
+
     def _write_until_stopped(self) -> None:
         while not self._stop.wait(self._interval_s):
             self.flush()
@@ -118,4 +128,15 @@ def open_vector_log(location: str, *, ratio: float) -> SampledVectors:
     """
     if "://" in location:
         return VectorSegments(location, ratio=ratio)
-    return VectorLog(host_log_path(Path(location)), ratio=ratio)
+    path = host_log_path(Path(location))
+    if path != Path(location):
+        _delete_expired_files(path.parent)
+    return VectorLog(path, ratio=ratio)
+
+
+def _delete_expired_files(folder: Path) -> None:
+    """Deletes the old logs of hosts that are gone. Without it the log works, so an error is only logged."""
+    try:
+        delete_expired(fsspec.filesystem("file"), str(folder), time.time())
+    except OSError as error:
+        log.warning("old parity samples not deleted: folder=%s error=%s", folder, error)

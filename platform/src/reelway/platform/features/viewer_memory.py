@@ -115,6 +115,14 @@ class ViewerMemory(Protocol):
         """Adds followed creators; beyond ``MAX_CHOICES``, forgets those reported longest ago. Idempotent."""
         ...
 
+    def count_entries(self, viewer_id: int) -> int:
+        """Returns the number of keys or rows that hold something about the viewer."""
+        ...
+
+    def forget(self, viewer_id: int) -> int:
+        """Deletes everything about the viewer. Returns the number of deleted keys or rows."""
+        ...
+
     def is_complete(self) -> bool:
         """Whether the store has held everything since ``mark_complete``; False for a new store and after a loss."""
         ...
@@ -133,7 +141,7 @@ def open_viewer_memory(store: FeatureStore) -> ViewerMemory:
     from feast.infra.online_stores.redis import RedisOnlineStore
 
     online = store._get_provider().online_store
-    if type(online) is RedisOnlineStore:
+    if isinstance(online, RedisOnlineStore):
         from reelway.platform.features.viewer_memory_redis import RedisViewerMemory
 
         return RedisViewerMemory(online._get_client(store.config.online_store))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from reelway.platform.features.viewer_memory import (
     F64,
@@ -72,11 +72,20 @@ class LocalViewerMemory:
     def follow(self, viewer_id: int, creators: Sequence[int]) -> None:
         _add_choices(self._followed.setdefault(viewer_id, {}), [int(creator) for creator in creators])
 
+    def count_entries(self, viewer_id: int) -> int:
+        return sum(viewer_id in stored for stored in self._stored())
+
+    def forget(self, viewer_id: int) -> int:
+        return sum(stored.pop(viewer_id, None) is not None for stored in self._stored())
+
     def is_complete(self) -> bool:
         return self._complete
 
     def mark_complete(self) -> None:
         self._complete = True
+
+    def _stored(self) -> tuple[dict[int, Any], ...]:
+        return self._shown, self._watched, self._blocked, self._followed
 
 
 def _add_choices(kept: dict[_Choice, None], choices: Sequence[_Choice]) -> None:

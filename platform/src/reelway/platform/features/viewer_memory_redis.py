@@ -32,10 +32,13 @@ from reelway.platform.features.watched_filter import (
     live_generations,
     positions_by_filter,
 )
+from reelway.platform.viewer_pseudonyms import viewer_pseudonym
 
 _PREFIX: Final = "reelway:memory"
 _MARKER: Final = f"{_PREFIX}:complete"
 _WATCHED_TTL_S: Final = (MAX_WATCHED_DAYS + GENERATION_DAYS) * 86_400
+_EXPIRING_GENERATIONS: Final = -(-_WATCHED_TTL_S // (GENERATION_DAYS * 86_400)) + 1
+"""Generations before the live ones whose keys may not have expired yet."""
 COMMANDS_PER_READ: Final = 4
 
 # Adds entries at the end (or the beginning), then removes expired and surplus entries from the beginning.
@@ -78,7 +81,7 @@ class RedisViewerMemory:
         self._add_shown = client.register_script(_ADD_SHOWN)
 
     def read(self, viewer_id: int) -> ViewerMemoryState:
-        with _translated_errors(f"cannot read the memory of viewer {viewer_id}"):
+        with _translated_errors(f"cannot read the memory of {viewer_pseudonym(viewer_id)}"):
             with self.client.pipeline(transaction=False) as pipe:
                 generations = self.add_read(pipe, viewer_id)
                 answers = pipe.execute(raise_on_error=False)
@@ -138,13 +141,21 @@ class RedisViewerMemory:
 
     def block(self, viewer_id: int, *, creators: Sequence[int] = (), topics: Sequence[int] = ()) -> None:
         if members := [f"c{creator}" for creator in creators] + [f"t{topic}" for topic in topics]:
-            with _translated_errors(f"cannot write the blocks of viewer {viewer_id}"):
+            with _translated_errors(f"cannot write the blocks of {viewer_pseudonym(viewer_id)}"):
                 self._add_choices(_blocked_key(viewer_id), members)
 
     def follow(self, viewer_id: int, creators: Sequence[int]) -> None:
         if creators:
-            with _translated_errors(f"cannot write the followed creators of viewer {viewer_id}"):
+            with _translated_errors(f"cannot write the followed creators of {viewer_pseudonym(viewer_id)}"):
                 self._add_choices(_followed_key(viewer_id), [int(creator) for creator in creators])
+
+    def count_entries(self, viewer_id: int) -> int:
+        with _translated_errors(f"cannot count the memory of {viewer_pseudonym(viewer_id)}"):
+            return int(self.client.exists(*self._keys(viewer_id)))
+
+    def forget(self, viewer_id: int) -> int:
+        with _translated_errors(f"cannot delete the memory of {viewer_pseudonym(viewer_id)}"):
+            return int(self.client.delete(*self._keys(viewer_id)))
 
     def is_complete(self) -> bool:
         with _translated_errors("cannot read the marker"):
@@ -153,6 +164,13 @@ class RedisViewerMemory:
     def mark_complete(self) -> None:
         with _translated_errors("cannot write the marker"):
             self.client.set(_MARKER, 1)
+
+    def _keys(self, viewer_id: int) -> list[str]:
+        """Returns all keys that may hold something about the viewer, those of expired generations too."""
+        live = live_generations(self._clock())
+        stored = range(live.start - _EXPIRING_GENERATIONS, live.stop + 1)
+        watched = [_watched_key(viewer_id, generation) for generation in stored]
+        return [_shown_key(viewer_id), _blocked_key(viewer_id), _followed_key(viewer_id), *watched]
 
     def _add_choices(self, key: str, members: Sequence[str | int]) -> None:
         now_s = self._clock()

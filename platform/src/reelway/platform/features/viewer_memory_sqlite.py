@@ -25,6 +25,7 @@ from reelway.platform.features.watched_filter import add_to_filter, live_generat
 from reelway.platform.sqlite_file import SqliteFile, SqliteFormat
 
 _CREATOR, _TOPIC, _FOLLOWED = 0, 1, 2
+_VIEWER_TABLES: Final = ("shown", "watched", "blocked", "followed")
 _PRUNE_EVERY_S: Final = 600.0
 _READ_CHOICES: Final = (
     "SELECT kind, id FROM blocked WHERE viewer_id = ? "
@@ -118,6 +119,21 @@ class SqliteViewerMemory:
         with self._written.writing() as db:
             db.executemany("INSERT OR REPLACE INTO followed VALUES (?, ?)", rows)
             _forget_surplus(db, "followed", viewer_id)
+
+    def count_entries(self, viewer_id: int) -> int:
+        with self._read.reading() as db:
+            return sum(
+                db.execute(f"SELECT count(*) FROM {table} WHERE viewer_id = ?", [viewer_id]).fetchone()[0]
+                for table in _VIEWER_TABLES
+            )
+
+    def forget(self, viewer_id: int) -> int:
+        with self._written.erasing() as db:
+            deleted = sum(
+                db.execute(f"DELETE FROM {table} WHERE viewer_id = ?", [viewer_id]).rowcount for table in _VIEWER_TABLES
+            )
+        self._written.truncate_wal()
+        return deleted
 
     def is_complete(self) -> bool:
         with self._read.reading() as db:

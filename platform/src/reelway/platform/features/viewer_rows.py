@@ -19,6 +19,7 @@ from reelway.platform.errors import DataError, FeatureError, StorageError
 from reelway.platform.features.feast_store import feature_service
 from reelway.platform.features.viewer_memory import ViewerMemory, ViewerMemoryState
 from reelway.platform.features.viewer_memory_redis import COMMANDS_PER_READ, RedisViewerMemory
+from reelway.platform.viewer_pseudonyms import viewer_pseudonym
 
 if TYPE_CHECKING:
     from feast import FeatureStore, FeatureView
@@ -69,7 +70,9 @@ class ViewerRowReader:
         online = store._get_provider().online_store
         self._stored: Callable[[EntityKey], Stored]
         self._stored = (
-            _RedisHashReader(store, online, views) if type(online) is RedisOnlineStore else _PerViewReader(store, views)
+            _RedisHashReader(store, online, views)
+            if isinstance(online, RedisOnlineStore)
+            else _PerViewReader(store, views)
         )
         self._empty = {name: None for _, fields in views for name in fields}
         self._memory = memory
@@ -88,10 +91,10 @@ class ViewerRowReader:
             FeatureError: if the online store cannot be read.
         """
         try:
-            return self._to_row(self._stored(_entity_key(viewer_id)))
+            return self._to_row(self._stored(entity_key(viewer_id)))
         except Exception as error:  # Feast does not wrap the errors of its online store's client
             raise FeatureError(
-                f"online store: cannot read viewer {viewer_id}: {type(error).__name__}: {error}"
+                f"online store: cannot read {viewer_pseudonym(viewer_id)}: {type(error).__name__}: {error}"
             ) from error
 
     def read_viewer(self, viewer_id: int) -> StoredViewer:
@@ -107,17 +110,17 @@ class ViewerRowReader:
             return StoredViewer(self.read(viewer_id))
         if isinstance(self._stored, _RedisHashReader) and isinstance(memory, RedisViewerMemory):
             try:
-                stored, state = self._stored.read_with_memory(_entity_key(viewer_id), viewer_id, memory)
+                stored, state = self._stored.read_with_memory(entity_key(viewer_id), viewer_id, memory)
                 return StoredViewer(self._to_row(stored), state)
             except Exception as error:  # see ``read``
                 raise FeatureError(
-                    f"online store: cannot read viewer {viewer_id}: {type(error).__name__}: {error}"
+                    f"online store: cannot read {viewer_pseudonym(viewer_id)}: {type(error).__name__}: {error}"
                 ) from error
         remembered: ViewerMemoryState | None
         try:
             remembered = memory.read(viewer_id)
         except (StorageError, DataError) as error:
-            log.warning("viewer memory not read: viewer=%d: %s", viewer_id, error)
+            log.warning("viewer memory not read: %s: %s", viewer_pseudonym(viewer_id), error)
             remembered = None
         try:
             return StoredViewer(self.read(viewer_id), remembered)
@@ -201,7 +204,7 @@ class _RedisHashReader:
         try:
             state = memory.decode(generations, answers[-COMMANDS_PER_READ:])
         except DataError as error:
-            log.warning("viewer memory not read: viewer=%d: %s", viewer_id, error)
+            log.warning("viewer memory not read: %s: %s", viewer_pseudonym(viewer_id), error)
         return self._decode(answers[0]), state
 
     def _decode(self, stored: list[Any]) -> Stored:
@@ -214,7 +217,8 @@ class _RedisHashReader:
                 yield view, self._timestamp.FromString(moment).ToNanoseconds() / 1e9, found
 
 
-def _entity_key(viewer_id: int) -> EntityKey:
+def entity_key(viewer_id: int) -> EntityKey:
+    """Returns Feast's key of a viewer."""
     from feast.protos.feast.types.EntityKey_pb2 import EntityKey
     from feast.protos.feast.types.Value_pb2 import Value
 

@@ -396,4 +396,7 @@ def _assess_alerts(limit: CountLimit, snapshot: EvidenceSnapshot) -> GuardrailVe
     if len(alerts) > limit.maximum:
         names = ", ".join(sorted({alert.name for alert in alerts}))
         return GuardrailVerdict("firing_alerts", EvidenceState.BAD, f"alerts firing for the release: {names}")
+    if snapshot.alerts_problem:
+        sentence = f"firing_alerts: telemetry down ({snapshot.alerts_problem})"
+        return GuardrailVerdict("firing_alerts", EvidenceState.TELEMETRY_DOWN, sentence)
     return GuardrailVerdict("firing_alerts", EvidenceState.OK, f"{len(alerts)} alerts fire for the release")

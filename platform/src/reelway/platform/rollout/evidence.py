@@ -111,6 +111,8 @@ class EvidenceSnapshot:
     metrics: Mapping[tuple[str, Slice], MetricEvidence] = field(default_factory=dict)
     guardrails: Mapping[GuardrailName, GuardrailReading] = field(default_factory=dict)
     alerts: tuple[FiringAlert, ...] = ()
+    alerts_problem: str = ""
+    """Why alerts may fire that are not in ``alerts``; empty if all are known."""
     weights: Mapping[Arm, int] | None = None
     canary_ready: bool | None = None
     canary_failure: str = ""

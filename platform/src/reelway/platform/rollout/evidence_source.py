@@ -5,10 +5,9 @@ The implementations read Prometheus, the services' metrics directly, or Alertman
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
-from reelway.platform.rollout.alerts import KnownAlert
+from reelway.platform.rollout.alerts import PolledAlerts, Relevance
 from reelway.platform.rollout.evidence import EvidenceSnapshot
 from reelway.platform.rollout.policy import RolloutPolicy
 from reelway.platform.rollout.state import RolloutState
@@ -28,6 +27,9 @@ class EvidenceSource(Protocol):
 class AlertSource(Protocol):
     """Source of alerts that can be polled, in addition to the webhook."""
 
-    def poll(self) -> Sequence[KnownAlert]:
-        """Returns all alerts with a release label. Raises RolloutError if the source is not reachable."""
+    def poll(self, is_relevant: Relevance) -> PolledAlerts:
+        """Returns all relevant alerts, or those before the end of an answer that was cut.
+
+        Raises RolloutError if the source is not reachable.
+        """
         ...

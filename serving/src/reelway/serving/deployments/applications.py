@@ -28,6 +28,7 @@ from reelway.platform.features.viewer_memory import open_viewer_memory
 from reelway.platform.features.viewer_rows import ViewerRowReader
 from reelway.platform.rollout.traffic.serving_options import OutcomesArgs, ReleaseArgs, RouterArgs
 from reelway.platform.tokens import TokenSigner
+from reelway.platform.viewer_pseudonyms import use_secret
 from reelway.serving.access import InternalCredential, build_viewer_access, describe_access
 from reelway.serving.deployments.kept_log import KeptLog
 from reelway.serving.deployments.replica_logging import log_to_replica_file
@@ -94,6 +95,7 @@ class RouterDeployment(Router):
     def __init__(self, args: RouterArgs) -> None:
         log_to_replica_file()
         secrets = read_token_secrets(args.token_secrets)
+        use_secret(secrets[0])
         store = open_feature_store(args.features_dir) if args.features_dir else None
         memory = open_viewer_memory(store) if store else None
         viewers = ViewerRowReader(store, memory=memory) if store else None
@@ -140,8 +142,9 @@ class RouterDeployment(Router):
         if self._dependencies.exposures is None and (open_log := self._log_opener()):
             parts = self._dependencies
             parts.exposures = ExposureWriter(partial(open_log, Topic.EXPOSURES), self.count_lost_exposure)
-            writer = EventLogWriter(partial(open_log, Topic.OUTCOMES))
-            parts.outcomes = OutcomeIntake(parts.signer, writer, IntakeMetrics(parts.registry), parts.memory)
+            counts = IntakeMetrics(parts.registry)
+            writer = EventLogWriter(partial(open_log, Topic.OUTCOMES), on_repeated=counts.repeated.inc)
+            parts.outcomes = OutcomeIntake(parts.signer, writer, counts, parts.memory)
         if self._routing is None:
             await self._access.prepare()
         await super().reconfigure(config)

@@ -1,15 +1,15 @@
 """Starts Ray and the service on this machine and configures it through Serve's REST API, as on a cluster.
 
-This module stops everything that it starts. The REST API listens on 127.0.0.1 and requires the run's token, because a
-client of the API can run code.
+This module stops everything that it starts, in order: applications, Serve, Ray. Ray's processes stay in the process
+group of the caller, which must be one of its own (``platform.cli.supervisor``): a signal to the group would end Ray's
+control plane while Serve still needs it, and the proxy would be left behind. The REST API listens on 127.0.0.1 and
+requires the run's token, because a client of the API can run code.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,10 +21,12 @@ import httpx
 
 from reelway.platform.atomic_files import ensure_private_token
 from reelway.platform.errors import ServingError
+from reelway.platform.listen_address import url_host
 from reelway.platform.rollout.control.webhook import serve_in_thread
 from reelway.platform.rollout.traffic.routing import Routing
 from reelway.platform.rollout.traffic.serve_config import compose_serve_config
 from reelway.platform.rollout.traffic.serving_options import ServingOptions
+from reelway.platform.stop_signals import ignored_stop_signals, preserved_stop_signals
 from reelway.serving.access import InternalCredential
 from reelway.serving.free_ports import find_free_port
 from reelway.serving.internal_api import build_internal_api
@@ -61,7 +63,7 @@ def running_service(
     """
     options.metrics_dir.mkdir(parents=True, exist_ok=True)
     ensure_private_token(token)
-    url = f"http://{options.host}:{options.port}"
+    url = f"http://{url_host(options.host)}:{options.port}"
     internal_api = build_internal_api(url, InternalCredential(read_token_secrets(options.token_secrets)))
     with (
         serve_in_thread(internal_api, LOCAL, internal_port) as internal_url,
@@ -155,20 +157,21 @@ def _local_ray() -> Iterator[str]:
     from ray import serve
 
     port = find_free_port(LOCAL)
-    ray.init(
-        address="local",
-        num_cpus=max(os.cpu_count() or 1, 2),
-        include_dashboard=True,
-        dashboard_host=LOCAL,
-        dashboard_port=port,
-        log_to_driver=False,
-        logging_level="warning",
-        namespace="reelway",
-    )
+    with preserved_stop_signals():
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, 2),
+            include_dashboard=True,
+            dashboard_host=LOCAL,
+            dashboard_port=port,
+            log_to_driver=False,
+            logging_level="warning",
+            namespace="reelway",
+        )
     try:
         yield f"http://{LOCAL}:{port}"
     finally:
-        with _ignore_interrupts():
+        with ignored_stop_signals():
             serve.shutdown()
             ray.shutdown()
 
@@ -185,16 +188,3 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-
-
-@contextmanager
-def _ignore_interrupts() -> Iterator[None]:
-    """Ignores Ctrl-C while the block runs: a second Ctrl-C during shutdown must not leave processes running."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -106,7 +106,9 @@ class FusedRelease:
 
     def __init__(self, source: ReleaseArgs) -> None:
         log_to_replica_file()
-        load_and_warm_up(open_trusted(source))
+        loader = open_trusted(source)
+        load_and_warm_up(loader)
+        self._use = loader.use  # the release stays in the node's cache while it is deployed
 
 
 class StageHandles:

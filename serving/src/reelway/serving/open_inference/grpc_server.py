@@ -25,6 +25,7 @@ from kserve.protocol.grpc.server import GRPCServer
 from kserve.protocol.grpc.servicer import InferenceServicer
 
 from reelway.platform.errors import ServingError
+from reelway.platform.listen_address import resolve_host, url_host
 from reelway.serving.open_inference.data_plane import RankerDataPlane, ReadOnlyRepository
 from reelway.serving.open_inference.errors import InferenceRequestError
 from reelway.serving.open_inference.kserve_model import DEADLINE
@@ -112,7 +113,7 @@ class RankerGrpcServer(GRPCServer):
         grace_period_s: float,
     ) -> None:
         super().__init__(port, data_plane, repository, kwargs={}, grace_period=grace_period_s)
-        self._address = f"{host}:{port}"
+        self._address = f"{url_host(resolve_host(host))}:{port}"
         self._max_bytes = max_bytes
         self._servicer = RankerServicer(data_plane, repository, service)
         self._interceptor = StatusInterceptor(service)

@@ -12,6 +12,7 @@ import typer
 from reelway.platform.cli.terminal import print_status, stdout_console
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.errors import ConfigError
+from reelway.platform.listen_address import EVERYWHERE, resolve_host, url_host
 
 if TYPE_CHECKING:
     from reelway.serving.open_inference.server import BoundPorts
@@ -24,7 +25,7 @@ def register(app: typer.Typer) -> None:
 
 def rank_server(
     release_dir: Path = typer.Option(..., help="Folder of the release, as `reelway release fetch --verify` prints it."),
-    host: str = typer.Option("0.0.0.0", help="IP address to listen on."),
+    host: str = typer.Option(EVERYWHERE, help="IP address to listen on; * listens on all interfaces."),
     http_port: int = typer.Option(
         8080, min=0, max=65535, help="Port of the REST API, the health checks and /metrics; 0 selects a free port."
     ),
@@ -38,7 +39,7 @@ def rank_server(
         5.0, min=0, help="Time after SIGTERM, in seconds, in which new requests are still accepted."
     ),
     grace_seconds: float = typer.Option(
-        20.0, min=0, help="Time for requests in flight to finish after new requests are no longer accepted, in seconds."
+        8.0, min=0, help="Time for requests in flight to finish after new requests are no longer accepted, in seconds."
     ),
 ) -> None:
     """Serve a release's ranker by the Open Inference Protocol v2 (REST and gRPC, model `ranker`) until SIGTERM.
@@ -66,7 +67,8 @@ def rank_server(
     )  # fmt: skip
 
     def on_listening(ports: BoundPorts, release: str) -> None:
-        print_status(f"listening: REST at http://{host}:{ports.http_port}, gRPC at {host}:{ports.grpc_port}")
+        at = url_host(resolve_host(host))
+        print_status(f"listening: REST at http://{at}:{ports.http_port}, gRPC at {at}:{ports.grpc_port}")
         stdout_console.print(f"ranking with release {short_id(release)}", highlight=False)
 
     run_rank_server(options, on_listening)

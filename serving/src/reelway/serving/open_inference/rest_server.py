@@ -29,6 +29,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from reelway.platform import request_body
 from reelway.platform.errors import ServingError
+from reelway.platform.listen_address import create_listener
 from reelway.serving.open_inference.data_plane import LENGTH_HEADER, RankerDataPlane, ReadOnlyRepository
 from reelway.serving.open_inference.errors import (
     InferenceRequestError,
@@ -205,14 +206,14 @@ class _UvicornWithoutSignals(uvicorn.Server):
         return protocol
 
 
-def create_listener(host: str, port: int) -> socket.socket:
-    """Returns a listening socket.
+def create_rest_listener(host: str, port: int) -> socket.socket:
+    """Returns a listening socket; host ``*`` stands for all interfaces.
 
     Raises:
         ServingError: if the address is in use or does not exist.
     """
     try:
-        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        listener = create_listener(host, port)
     except OSError as error:
         raise ServingError(f"cannot listen at {host}:{port}: {error}; choose a free port") from error
     # A response is two writes. Without this option the second one waits 40 ms for the acknowledgement of the first.

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +20,13 @@ from pathlib import Path
 from kserve import ModelServer
 from prometheus_client import REGISTRY
 
+from reelway.platform.listen_address import EVERYWHERE
+from reelway.platform.stop_signals import handled_signals
 from reelway.serving.open_inference.data_plane import RankerDataPlane, ReadOnlyRepository
 from reelway.serving.open_inference.grpc_server import RankerGrpcServer
 from reelway.serving.open_inference.kserve_model import RankerModel
 from reelway.serving.open_inference.ranker_service import LoadedRanker, RankerService
-from reelway.serving.open_inference.rest_server import RankerRestServer, create_listener
+from reelway.serving.open_inference.rest_server import RankerRestServer, create_rest_listener
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class RankServerOptions:
 
     release_dir: Path
     """Folder of one release, verified."""
-    host: str = "0.0.0.0"
+    host: str = EVERYWHERE
     http_port: int = 8080
     """Port of REST, health checks and metrics; 0 selects a free port."""
     grpc_port: int = 8081
@@ -53,7 +54,7 @@ class RankServerOptions:
     """Time in which a request's body must arrive over REST."""
     drain_s: float = 5.0
     """Time after SIGTERM in which new requests are still accepted."""
-    grace_period_s: float = 20.0
+    grace_period_s: float = 8.0
     """Time after draining for the requests in flight."""
 
 
@@ -82,7 +83,7 @@ class RankServer(ModelServer):
         self._stopping = asyncio.Event()
 
     def start(self, models: list[RankerModel]) -> None:
-        """Serves until SIGTERM or SIGINT.
+        """Serves until SIGTERM, SIGINT or SIGHUP.
 
         Raises:
             ServingError: if an address cannot be listened at.
@@ -98,11 +99,11 @@ class RankServer(ModelServer):
 
     async def _serve(self) -> None:
         loop, options = asyncio.get_running_loop(), self._options
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in handled_signals():
             loop.add_signal_handler(number, self.stop, number)
         parts = (self.dataplane, self.model_repository_extension, self._service)
         rest = RankerRestServer(
-            create_listener(options.host, options.http_port), *parts, max_bytes=options.max_bytes,
+            create_rest_listener(options.host, options.http_port), *parts, max_bytes=options.max_bytes,
             body_timeout_s=options.body_timeout_s, grace_period_s=options.grace_period_s,
         )  # fmt: skip
         grpc_server = RankerGrpcServer(

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from reelway.platform.contracts.events import Arm
 from reelway.platform.errors import DataError, MalformedFileError, StorageError
 from reelway.platform.eventlog import EventLog, Offsets, ReadBatch
+from reelway.platform.eventlog.erasures import NO_VIEWERS, erased_viewers
 from reelway.platform.eventlog.topics import Topic
 from reelway.platform.rollout.evidence import ArmStatistics
 from reelway.platform.rollout.policy import Slice
@@ -183,7 +184,9 @@ class OutcomeCollector:
         exposures: list[ExposureRows] = []
         outcomes: list[OutcomeRows] = []
         unreadable = 0
+        erased: list[NDArray[np.int64]] = [NO_VIEWERS]
         for record in batch.records:
+            erased.append(erased_viewers(record.payload))
             try:
                 if followed.topic is Topic.EXPOSURES:
                     exposures.append(read_exposure_rows(record))
@@ -194,7 +197,9 @@ class OutcomeCollector:
                 log.error("%s: record %d of partition %d: %s", followed.topic, record.offset, record.partition, error)
         statuses: list[NDArray[np.int64]] = []
         if batch.records:
-            statuses = self._ledger.apply(exposures, outcomes, {followed.topic: batch.next_offsets})
+            statuses = self._ledger.apply(
+                exposures, outcomes, {followed.topic: batch.next_offsets}, np.concatenate(erased)
+            )
         followed.position = batch.next_offsets
         followed.reading.unreadable += unreadable
         followed.reading.read_to_us = batch.watermark_us

@@ -1,6 +1,7 @@
 """Appends accepted outcomes to the event log, from which rollouts are assessed and features are computed.
 
-An outcome may be in the log twice, because a client without an answer sends it again; readers recognise it by its id.
+An outcome that this process appended lately is not appended again. It may still be in the log twice, because a client
+without an answer may send it again to another process; readers recognise it by its id.
 """
 
 # Shapes: N outcomes of one append
@@ -24,6 +25,7 @@ from reelway.platform.eventlog.outcome_events import (
 )
 from reelway.serving.outcomes.append_log import AppendLog, LazyLog
 from reelway.serving.outcomes.batch_worker import BatchWorker
+from reelway.serving.outcomes.recent_outcomes import RecentOutcomes
 from reelway.serving.outcomes.record_columns import dictionary_column, timestamp_column
 from reelway.serving.outcomes.reported import OutcomeColumns
 
@@ -40,12 +42,20 @@ class EventLogWriter:
         open_log: opens the log; called by the thread, again after a failure.
         clock: Unix seconds; the time at which an outcome became known to the service.
         append_every_s: shortest time between two appends. After a rest, the first append is immediate.
+        on_repeated: called by the thread with the number of outcomes that were in the log already.
     """
 
     def __init__(
-        self, open_log: Callable[[], AppendLog], *, clock: Callable[[], float] = time.time, append_every_s: float = 0.05
+        self,
+        open_log: Callable[[], AppendLog],
+        *,
+        clock: Callable[[], float] = time.time,
+        append_every_s: float = 0.05,
+        on_repeated: Callable[[int], None] = lambda _: None,
     ) -> None:
         self._log = LazyLog(open_log)
+        self._recent = RecentOutcomes()
+        self._on_repeated = on_repeated
         self._clock = clock
         self._worker = BatchWorker[OutcomeColumns, None](
             "event log writer",
@@ -72,8 +82,15 @@ class EventLogWriter:
         if filled := [part for part in parts if len(part)]:
             now_us = int(self._clock() * 1e6)
             outcomes = logged_outcomes(filled, now_us)
-            events = self._log.get()
-            events.append(list(encode_outcomes(outcomes, events.partitions, events.max_record_bytes)))
+            ids = outcomes["outcome_id"].to_numpy()
+            new = self._recent.are_new(ids)
+            if not new.all():
+                outcomes = outcomes.filter(pa.array(new))
+                self._on_repeated(len(new) - len(outcomes))
+            if len(outcomes):
+                events = self._log.get()
+                events.append(list(encode_outcomes(outcomes, events.partitions, events.max_record_bytes)))
+                self._recent.add(ids[new])  # only now: an outcome that was not appended is sent again
         return [None] * len(parts)
 
 

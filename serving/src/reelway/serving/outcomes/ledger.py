@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from reelway.platform.contracts.events import OUTCOME_HORIZON_S
 from reelway.platform.eventlog import Offsets
 from reelway.platform.eventlog.outcome_events import OUTCOME_TYPES
+from reelway.platform.retention import DAY_S, retention
 from reelway.platform.rollout.metric_names import RECEIVED_OUTCOMES
 from reelway.serving.outcomes.counted_types import COUNTED, judge_types
 from reelway.serving.outcomes.exposures import ArmKey
@@ -86,6 +87,7 @@ class Ledger:
 
     def __init__(self, store: OutcomeStore, *, keep_rollouts: int, require_authenticated: bool = False) -> None:
         self._store = store
+        self._viewers_s = retention().collector_days * DAY_S
         self._keep = keep_rollouts
         self._require_authenticated = require_authenticated
         self._late_slates = 0
@@ -124,11 +126,13 @@ class Ledger:
         exposures: Sequence[ExposureRows],
         outcomes: Sequence[OutcomeRows],
         positions: Mapping[str, Offsets],
+        erased: I64 | None = None,
     ) -> list[I64]:
         """Counts everything in one transaction. Returns the status of each outcome as ``RECEIVED_OUTCOMES`` codes.
 
         Args:
             positions: log -> the offsets after these rows, stored in the same transaction.
+            erased: viewers whose totals are deleted. The sums of their arms stay; they do not identify anybody.
 
         Raises:
             StorageError: if the transaction fails; nothing was counted.
@@ -143,6 +147,8 @@ class Ledger:
                     parts.append(part)
             if parts:
                 self._update_totals(parts)
+            if erased is not None and len(erased):
+                self._store.erase_viewers(erased)
             for log, position in positions.items():
                 self._store.write_position(log, position)
         return statuses
@@ -165,7 +171,12 @@ class Ledger:
                 if known.retired and known.exposed_at < old and rollout not in living:
                     del self._rollouts[rollout]
                     self._store.delete_rollout(rollout)
-            return self._store.delete_expired(
+            deleted = sum(
+                self._store.delete_totals(known, limit)
+                for arm, known in self._arms.items()
+                if self._rollouts[arm.rollout].exposed_at < now - self._viewers_s
+            )
+            return deleted + self._store.delete_expired(
                 seen_before_hour=int(old // HOUR_S),
                 slates_before_hour=int((now - EXPOSURE_HORIZON_S - CLEANUP_SLACK_S) // HOUR_S),
                 received_before=now - RECEIVED_RETENTION_S,

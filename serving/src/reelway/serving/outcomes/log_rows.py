@@ -15,6 +15,7 @@ from reelway.platform.contracts.events import LONG_WATCH_CAP_MS, LONG_WATCH_RATI
 from reelway.platform.contracts.ids import MAX_ID
 from reelway.platform.errors import DataError
 from reelway.platform.eventlog import StoredRecord
+from reelway.platform.eventlog.erasures import of_known_viewers
 from reelway.platform.eventlog.exposure_events import decode_exposures
 from reelway.platform.eventlog.outcome_events import OUTCOME_TYPES, decode_outcomes
 from reelway.platform.tokens import ALL_SLICES
@@ -110,7 +111,7 @@ def read_exposure_rows(record: StoredRecord) -> ExposureRows:
     Raises:
         DataError: if the record is not a batch of exposures, or a value is outside its range.
     """
-    table = decode_exposures(record.payload)
+    table = of_known_viewers(decode_exposures(record.payload))
     rollout = _strings(table, "rollout")
     table = table.filter(pa.array(np.array([bool(name) for name in rollout.names], np.bool_)[rollout.codes]))
     arms, arm_V = _arms(table)
@@ -140,7 +141,7 @@ def read_outcome_rows(record: StoredRecord) -> OutcomeRows:
     Raises:
         DataError: if the record is not a batch of outcomes, or a value is outside its range.
     """
-    table = decode_outcomes(record.payload)
+    table = of_known_viewers(decode_outcomes(record.payload))
     types = _strings(table, "type")
     kind = np.array([_KIND_CODES.get(name, -1) for name in types.names], np.int64)[types.codes]
     known = np.flatnonzero(kind >= 0)

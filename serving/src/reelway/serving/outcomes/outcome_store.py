@@ -21,7 +21,7 @@ from reelway.platform.contracts.events import Arm
 from reelway.platform.eventlog import Offsets
 from reelway.platform.sqlite_file import SqliteFile, SqliteFormat
 from reelway.serving.outcomes.exposures import ArmKey
-from reelway.serving.outcomes.viewer_keys import ARM_SHIFT
+from reelway.serving.outcomes.viewer_keys import ARM_SHIFT, viewer_keys
 from reelway.serving.outcomes.viewer_sums import (
     AUDIENCE_PER_ARM,
     COLUMNS_PER_VIEWER,
@@ -105,6 +105,13 @@ class OutcomeStore:
         """All changes of the block are on disk when it ends; none are if it raises."""
         with self._file.writing():
             yield
+
+    @contextmanager
+    def erasing(self) -> Iterator[None]:
+        """Like ``transaction``, and overwrites what it deletes."""
+        with self._file.erasing():
+            yield
+        self._file.truncate_wal()
 
     def rollouts(self) -> dict[str, RolloutRow]:
         rows = self._db.execute("SELECT rollout, exposed_at, retired FROM rollouts")
@@ -226,6 +233,29 @@ class OutcomeStore:
         )
         self._db.executemany("INSERT OR REPLACE INTO viewers VALUES (?, ?, ?, ?)", rows)
 
+    def count_viewers(self, viewer_ids: NDArray[np.int64]) -> int:
+        """Returns the number of rows of these viewers, one per arm that showed them something."""
+        rows = self._db.execute(
+            "SELECT count(*) FROM json_each(?) AS k CROSS JOIN viewers AS v ON v.id = k.value",
+            (json.dumps(_keys_on_all_arms(viewer_ids)),),
+        )
+        return int(rows.fetchone()[0])
+
+    def erase_viewers(self, viewer_ids: NDArray[np.int64]) -> int:
+        """Deletes the totals of these viewers on all arms; the arms' sums stay. Returns the number of deleted rows.
+
+        A viewer who comes back counts as a new one.
+        """
+        keys = json.dumps(_keys_on_all_arms(viewer_ids))
+        return self._db.execute("DELETE FROM viewers WHERE id IN (SELECT value FROM json_each(?))", (keys,)).rowcount
+
+    def delete_totals(self, arm: ArmRow, limit: int) -> int:
+        """Deletes the totals of at most ``limit`` viewers of an arm, whose sums stay. Returns their number."""
+        return self._db.execute(
+            "DELETE FROM viewers WHERE id IN (SELECT id FROM viewers WHERE id BETWEEN ? AND ? LIMIT ?)",
+            (*_viewer_range(arm.id), limit),
+        ).rowcount
+
     def read_counted_types(self, hour: int, impression_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Bits of the outcome types already counted for these ascending impressions of one hour."""
         counted = self._db.execute(
@@ -275,3 +305,9 @@ def _viewer_range(arm_id: int) -> tuple[int, int]:
     """First and last row id of an arm's viewers."""
     first = arm_id << ARM_SHIFT
     return first, first + (1 << ARM_SHIFT) - 1
+
+
+def _keys_on_all_arms(viewer_ids: NDArray[np.int64]) -> list[int]:
+    arms = np.arange(MAX_ARMS, dtype=np.int64)[:, None]
+    keys: list[int] = viewer_keys(arms, viewer_ids[None, :]).ravel().tolist()
+    return keys

@@ -7,6 +7,7 @@ Whether an outcome counts depends on the log's time and on rollouts, and is deci
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reelway.platform.contracts.api import RefusedOutcome, ReportedOutcome
-from reelway.platform.contracts.events import OutcomeType
+from reelway.platform.contracts.events import OUTCOME_HORIZON_S, OutcomeType
 from reelway.platform.errors import TokenError
 from reelway.platform.eventlog.outcome_events import OUTCOME_TYPES
 from reelway.platform.tokens import TokenSigner
@@ -65,12 +66,18 @@ class OutcomeColumns:
 
 
 def read_outcomes(
-    reported: Sequence[ReportedOutcome], signer: TokenSigner, proven_viewer: int | None = None
+    reported: Sequence[ReportedOutcome],
+    signer: TokenSigner,
+    proven_viewer: int | None = None,
+    *,
+    received_at_s: float = -math.inf,
 ) -> tuple[OutcomeColumns, list[RefusedOutcome]]:
     """Returns the outcomes that can be counted, and why the others cannot.
 
     Args:
         proven_viewer: the viewer that reports them. An outcome of another viewer's impression is refused.
+        received_at_s: Unix seconds. An outcome is late ``OUTCOME_HORIZON_S`` after its impression, and nothing reads
+            late outcomes from the log.
     """
     arms: dict[ArmKey, int] = {}
     sources: dict[str, int] = {}
@@ -89,6 +96,11 @@ def read_outcomes(
             message = "impression token: issued to another viewer; report outcomes as the viewer that the slate was for"
             refused.append(RefusedOutcome(index=index, message=message))
             continue
+        done_at = report.event_time.timestamp() if report.event_time else -np.inf
+        if max(received_at_s, done_at) > issued_at_s + OUTCOME_HORIZON_S:
+            message = f"late: more than {OUTCOME_HORIZON_S // 3600} hours after the impression; do not send it again"
+            refused.append(RefusedOutcome(index=index, message=message))
+            continue
         kind, value = _KIND_CODES[report.type], report.value
         if kind == _WATCH:
             if value is None:
@@ -100,7 +112,6 @@ def read_outcomes(
             refused.append(RefusedOutcome(index=index, message=message))
             continue
         code = arms.setdefault(ArmKey(rollout, arm, release), len(arms))
-        done_at = report.event_time.timestamp() if report.event_time else -np.inf
         rows.append(
             (
                 code, sources.setdefault(source, len(sources)), impression, request, viewer, video, position,

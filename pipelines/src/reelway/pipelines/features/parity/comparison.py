@@ -28,7 +28,7 @@ class Mismatch:
 
     view: str
     feature: str
-    entity: str  # "viewer 17", "video 4"
+    entity: str  # "viewer-3f9c0a1b2c3d", "video 4"
     request_id: int
     served: Any
     offline: Any

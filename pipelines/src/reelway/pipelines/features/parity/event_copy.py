@@ -26,6 +26,7 @@ from reelway.pipelines.features.parity.run_files import RunFiles
 from reelway.platform.errors import DataError
 from reelway.platform.eventlog import EventLog, StoredRecord
 from reelway.platform.eventlog.arrow_records import viewer_partitions
+from reelway.platform.eventlog.erasures import anonymised, erased_viewers, rows_kept
 from reelway.platform.eventlog.exposure_events import decode_exposures
 from reelway.platform.eventlog.outcome_events import OUTCOME_TYPES, decode_outcomes
 from reelway.platform.eventlog.retained_records import batches_until
@@ -92,6 +93,11 @@ class EventCopy:
         for batch in batches_until(events, offsets, events.end_offsets()):
             at |= batch.next_offsets
             for record in batch.records:
+                if len(erased := erased_viewers(record.payload)):
+                    if waiting:  # an impression's events stay in one part
+                        self._write(pa.concat_tables(waiting), number)
+                        number, waiting = number + 1, []
+                    self.erase(erased)
                 newest[record.partition] = time_us = max(newest.get(record.partition, 0), record.time_us)
                 table = self._decoded(record._replace(time_us=time_us), events.name)
                 waiting += [table] if table.num_rows else []
@@ -116,6 +122,15 @@ class EventCopy:
                 if keep.any():
                     found.append(pa.Table.from_batches([batch.filter(pa.array(keep))]).cast(COPY_SCHEMA))
         return pa.concat_tables(found)
+
+    def erase(self, viewer_ids: NDArray[np.int64]) -> None:
+        """Makes the events of some viewers anonymous in the files that were written."""
+        for part in np.unique(viewer_partitions(viewer_ids, PARTS)).tolist():
+            folder = self._folder(part)
+            for name in (name for name in self._files.names(folder) if name.endswith(".parquet")):
+                events = self._files.read_table(f"{folder}/{name}")
+                if not rows_kept(events["viewer_id"].to_numpy(), viewer_ids).all():
+                    self._files.write_table(f"{folder}/{name}", anonymised(events, viewer_ids))
 
     def join_files(self, below: int) -> None:
         """Replaces the files of each part that has many by one.

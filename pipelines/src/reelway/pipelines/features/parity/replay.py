@@ -56,6 +56,7 @@ from reelway.platform.features.on_demand import hours_since_upload
 from reelway.platform.features.vector_log import ServedVector
 from reelway.platform.features.vector_reader import VectorReader
 from reelway.platform.features.viewer_rows import AS_OF
+from reelway.platform.viewer_pseudonyms import viewer_pseudonym
 
 log = logging.getLogger(__name__)
 
@@ -180,9 +181,11 @@ class _Recomputation:
             at_us = np.array([self._viewer_time_us(vector, view) for vector in vectors], dtype=np.int64)
             rows = self._viewer_rows(view, events, viewer, at_us).to_pylist()
             for vector, offline in zip(vectors, rows, strict=True):
-                compare_row(report, view, VIEWS[view], f"viewer {vector.viewer_id}", vector, vector.viewer, offline)
+                compare_row(
+                    report, view, VIEWS[view], viewer_pseudonym(vector.viewer_id), vector, vector.viewer, offline
+                )
             if view in self._rules:
-                entity = [f"viewer {one}" for one in viewer.tolist()]
+                entity = [viewer_pseudonym(one) for one in viewer.tolist()]
                 self._check_times(report, view, events, vectors, viewer, at_us, limit_us, late_us, entity)
         if len(owner):
             self._compare_videos(report, events, vectors, owner, video, limit_us, late_us)

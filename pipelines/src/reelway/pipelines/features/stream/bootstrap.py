@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from reelway.pipelines.features.labels import times_us
 from reelway.pipelines.features.stream.due_times import NEVER_US, expiry_us
 from reelway.pipelines.features.stream.entity_views import EmittedRows, Entities, EntityView
+from reelway.pipelines.features.stream.rules import VIEWER_VIEWS
 from reelway.pipelines.features.stream.time_buckets import (
     CREATORS,
     LAYOUTS,
@@ -70,6 +71,8 @@ def bootstrap_view(view: EntityView, dataset: DatasetState, at_us: int, owns: Se
     """
     name, schedule = view.view, view.schedule
     entity, rows = to_bucket_rows(name, Events.from_labels(dataset.labels), schedule.bucket_us)
+    if name in VIEWER_VIEWS:  # an anonymous viewer has no row
+        entity, rows = entity[entity >= 0], rows[entity >= 0]
     first_us = np.zeros(0, dtype=np.int64)
     without_events = first_us
     if name == CREATORS:

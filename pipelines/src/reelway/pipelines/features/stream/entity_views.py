@@ -27,6 +27,7 @@ from reelway.pipelines.features.stream.time_buckets import (
 )
 from reelway.pipelines.features.windows import I64
 from reelway.platform.contracts.events import TIMESTAMP_TYPE
+from reelway.platform.eventlog.erasures import rows_kept
 
 ENTITY_CHUNK: Final = 20_000
 """Maximum number of entities whose rows are in memory at once."""
@@ -114,6 +115,19 @@ class EntityView:
         kept = Entities(ids, owner, rows, np.where(over, -NEVER_US, last_us), due_us)
         self.save(kept if not deletable.any() else _without(kept, deletable), None)
         return emitted
+
+    def erase(self, ids: I64) -> int:
+        """Deletes entities (ascending, once each). Returns how many were known."""
+        known = self.load(ids)
+        ids = ids[(known.due_us != NEVER_US) | (known.last_us != -NEVER_US) | np.isin(np.arange(len(ids)), known.owner)]
+        self._entities.delete_many(ids)
+        due_us = known.due_us[np.isin(known.ids, ids) & (known.due_us != NEVER_US)]
+        for point_us in np.unique(-(-due_us // self._due_grid_us) * self._due_grid_us):
+            point = np.array([point_us], dtype=np.int64)
+            due = np.frombuffer(self._due.pop(point), dtype=np.int64)
+            if len(rest := due[rows_kept(due, ids)]):
+                self._due.append(point, [rest.tobytes()])
+        return len(ids)
 
     def due_times(self, entities: Entities, at_us: int) -> tuple[NDArray[np.bool_], I64, I64]:
         """Returns which entities have a row due now, and the times of each entity's next and previous row."""

@@ -59,16 +59,25 @@ class TimedBytes:
 
     def pop(self, points_us: I64) -> bytes:
         """Returns the bytes of the points, in the points' order and each in the order of its appends; deletes them."""
+        found, keys = self._stored(points_us)
+        self._store.delete_many(self._table, keys)
+        return found
+
+    def read(self, points_us: I64) -> bytes:
+        """Returns the bytes that ``pop`` would return, and keeps them."""
+        return self._stored(points_us)[0]
+
+    def _stored(self, points_us: I64) -> tuple[bytes, I64]:
+        """Returns the bytes of the points, and the keys that hold them."""
         counts = np.array(self._part_counts(points_us), dtype=np.int64)
         used = counts > 0
         if not used.any():
-            return b""
+            return b"", points_us[:0]
         points_us, counts = points_us[used], counts[used]
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         keys = np.repeat(points_us, counts) + 1 + within
         found = self._store.get_many(self._table, keys)
-        self._store.delete_many(self._table, np.concatenate([keys, points_us]))
-        return b"".join(value for value in found if value is not None)
+        return b"".join(value for value in found if value is not None), np.concatenate([keys, points_us])
 
     def _part_counts(self, points_us: I64) -> list[int]:
         found = self._store.get_many(self._table, points_us)

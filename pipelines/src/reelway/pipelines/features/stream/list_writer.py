@@ -19,6 +19,7 @@ import pyarrow as pa
 from prometheus_client import CollectorRegistry
 
 from reelway.pipelines.features.stream.lists import BUCKET_US, DAY_BUCKETS, ListWindows
+from reelway.pipelines.features.stream.log_records import read_erasures
 from reelway.pipelines.features.stream.recent_ids import I64
 from reelway.platform.errors import DataError
 from reelway.platform.eventlog import EventLog, ReadBatch, StoredRecord
@@ -168,6 +169,8 @@ class ListWriter:
         if not batch.records:
             return 0
         is_outcomes = topic is Topic.OUTCOMES
+        if len(gone := read_erasures(batch.records)):
+            self._windows.erase(gone)
         rows, time_us = self._decode(topic, batch.records)
         new = self._windows.add_outcomes(rows, time_us) if is_outcomes else self._windows.add_exposures(rows, time_us)
         self._metrics.count_events(topic, rows.num_rows, new)

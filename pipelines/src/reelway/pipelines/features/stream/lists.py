@@ -180,6 +180,10 @@ class ListWindows:
         self._add(video, codes_N2, time_us[counted], _ENGAGEMENT, weight[counted])
         return int(is_new.sum())
 
+    def erase(self, viewer_ids: I64) -> int:
+        """Forgets where viewers were. Returns how many were known. The counts of videos stay, as sums over viewers."""
+        return self._places.erase(viewer_ids)
+
     def lists(self, as_of_us: int) -> LiveListsSnapshot:
         """Returns the lists as of a time of the log, and forgets what the day before it does not include.
 

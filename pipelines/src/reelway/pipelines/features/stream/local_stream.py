@@ -18,15 +18,16 @@ import numpy as np
 
 from reelway.pipelines.features.stream.bootstrap import DatasetState, bootstrap_view, initial_watermark_us
 from reelway.pipelines.features.stream.entity_views import EmittedRows
-from reelway.pipelines.features.stream.log_records import read_records
+from reelway.pipelines.features.stream.log_records import read_erasures, read_records
 from reelway.pipelines.features.stream.rules import VIDEO_VIEWS, StreamRules
-from reelway.pipelines.features.stream.sinks import FeatureSinks, encode_rows, latest_per_entity
+from reelway.pipelines.features.stream.sinks import FeatureSinks, encode_rows, latest_per_entity, rows_without_viewers
 from reelway.pipelines.features.stream.sqlite_store import SqliteStore
 from reelway.pipelines.features.stream.time_buckets import STREAMED
 from reelway.pipelines.features.stream.video_facts import VideoFacts
 from reelway.pipelines.features.stream.video_task import VideoTask
 from reelway.pipelines.features.stream.viewer_task import ViewerTask
 from reelway.pipelines.features.views import DAY_US, ViewSettings
+from reelway.pipelines.features.windows import I64
 from reelway.platform.eventlog import EventLog, Offsets
 from reelway.platform.eventlog.parked_records import ParkedRecord, ParkedRecords
 from reelway.platform.eventlog.retained_records import records_of_partition
@@ -135,7 +136,11 @@ class LocalStream:
             result.rows = self._deliver()
             return result
         with self._store.transaction():
+            erased: set[int] = set()
             for topic, batch in batches.items():
+                if len(gone := read_erasures(batch.records)):
+                    self._viewers.erase(gone)
+                    erased |= set(gone.tolist())
                 read, parked = read_records(topic, self._logs[topic].name, batch.records, self._facts)
                 result.events[topic] += len(read)
                 self._park(parked, result)
@@ -144,7 +149,7 @@ class LocalStream:
             result.emitted = done.rows
             for view, task in self._videos.items():
                 result.emitted += task.add(0, done.settled_us, [cells for cells in done.cells if cells.view == view])
-            self._record(result.emitted, done.settled_us, positions)
+            self._record(result.emitted, done.settled_us, positions, sorted(erased))
         self.positions, self.settled_us = dict(positions), done.settled_us
         result.watermark_us, result.steps, result.results = done.settled_us, done.steps, done.results
         if self._sinks is not None:
@@ -178,15 +183,21 @@ class LocalStream:
         if self._parked is not None:
             self._parked.park(parked)
 
-    def _record(self, emitted: Sequence[EmittedRows], settled_us: int, positions: Mapping[Topic, Offsets]) -> None:
-        """Stores positions and undelivered rows, within a transaction."""
-        if emitted and self._sinks is not None:
+    def _record(
+        self,
+        emitted: Sequence[EmittedRows],
+        settled_us: int,
+        positions: Mapping[Topic, Offsets],
+        erased: Sequence[int] = (),
+    ) -> None:
+        """Stores positions, undelivered rows and undelivered erasures of viewers, within a transaction."""
+        if (emitted or erased) and self._sinks is not None:
             latest = latest_per_entity(emitted)
             sequence = int(self._store.get("change") or 0)
             if any(view in VIDEO_VIEWS for view in latest):
                 sequence += 1
                 self._store.put(change=sequence)
-            self._store.add_undelivered(encode_rows(latest, settled_us, sequence))
+            self._store.add_undelivered(encode_rows(latest, settled_us, sequence, erased))
         self._store.put(
             positions={
                 topic: {str(partition): offset for partition, offset in position.items()}
@@ -219,6 +230,24 @@ def begin(
     for task in videos.values():
         task.begin(settled_us)
     return rows
+
+
+def erase_from_state(
+    store: SqliteStore, views: ViewSettings, ttl_us: Mapping[str, int], viewer_ids: I64, *, dry_run: bool = False
+) -> int:
+    """Erases viewers from the state of a stream that does not run. Returns the number of deleted entries."""
+    behind_us = store.get("behind_us")
+    if behind_us is None:
+        return 0
+    task = ViewerTask(store, StreamRules(views, ttl_us, int(behind_us)))
+    with store.erasing(keep=not dry_run):
+        erased = task.erase(viewer_ids)
+        for number, content in store.undelivered():
+            rest, rows = rows_without_viewers(content, viewer_ids)
+            erased += rows
+            if rows:
+                store.replace_undelivered(number, rest)
+    return erased
 
 
 def offset_to_dataset_us(logs: ViewerLogs, settled_us: int, clock: Callable[[], float]) -> int:

@@ -18,6 +18,7 @@ from reelway.pipelines.features.stream.viewer_events import EXPOSURE, ViewerEven
 from reelway.pipelines.features.windows import I64
 from reelway.platform.errors import DataError
 from reelway.platform.eventlog import StoredRecord
+from reelway.platform.eventlog.erasures import NO_VIEWERS, erased_viewers
 from reelway.platform.eventlog.exposure_events import decode_exposures
 from reelway.platform.eventlog.outcome_events import OUTCOME_TYPES, decode_outcomes
 from reelway.platform.eventlog.parked_records import ParkedRecord
@@ -58,6 +59,8 @@ def read_records(
         if not record.payload:
             park(record, EMPTY, "the record has no payload")
             continue
+        if len(erased := erased_viewers(record.payload)):
+            parts = [part.anonymised(erased) for part in parts]
         try:
             decode = decode_exposures if topic == Topic.EXPOSURES else decode_outcomes
             events, unknown_types, unknown_videos = _read_events(decode(record.payload), record.time_us, facts)
@@ -71,6 +74,11 @@ def read_records(
             park(record, UNKNOWN_VIDEO, f"{len(unknown_videos)} events have unknown videos, first {unknown_videos[0]}")
         parts.append(events)
     return ViewerEvents.joined(parts), parked
+
+
+def read_erasures(records: Sequence[StoredRecord]) -> NDArray[np.int64]:
+    """Returns the viewers that the records erase. ``read_records`` makes their events before it anonymous."""
+    return np.unique(np.concatenate([NO_VIEWERS, *(erased_viewers(record.payload) for record in records)]))
 
 
 def _read_events(table: pa.Table, time_us: int, facts: VideoFacts) -> tuple[ViewerEvents, Counter[str], I64]:

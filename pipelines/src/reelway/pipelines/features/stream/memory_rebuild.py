@@ -21,6 +21,7 @@ from reelway.pipelines.features.labels import times_us
 from reelway.platform.contracts.blend import MAX_SHOWN_HOURS, MAX_SHOWN_VIDEOS, MAX_WATCHED_DAYS
 from reelway.platform.contracts.events import OutcomeType
 from reelway.platform.errors import DataError
+from reelway.platform.eventlog.erasures import erased_viewers, of_known_viewers, rows_kept
 from reelway.platform.eventlog.event_log import EventLog, StoredRecord
 from reelway.platform.eventlog.exposure_events import decode_exposures
 from reelway.platform.eventlog.outcome_events import decode_outcomes
@@ -70,8 +71,9 @@ def rebuild_viewer_memory(
     """
     if memory.is_complete():
         return None
-    shown, unreadable = _restore_exposures(memory, exposures, now_s, stop)
+    # Outcomes first: an erasure among them deletes the viewer's whole memory.
     watched, choices, unreadable_outcomes = _restore_outcomes(memory, outcomes, now_s, stop)
+    shown, unreadable = _restore_exposures(memory, exposures, now_s, stop)
     if stop.is_set():
         return None
     memory.mark_complete()
@@ -87,10 +89,12 @@ def _restore_exposures(
     oldest_us = int((now_s - MAX_SHOWN_HOURS * 3600.0) * 1e6)
     ends, firsts = exposures.end_offsets(), exposures.offsets_at(oldest_us - _APPEND_MARGIN_US)
     for partition in sorted(ends):
-        parts = []
+        parts: list[tuple[np.ndarray, np.ndarray]] = []
         for record in records_of_partition(exposures, partition, firsts[partition], ends):
             if stop.is_set():
                 return restored, unreadable
+            if len(erased := erased_viewers(record.payload)):
+                parts = [_without(part, erased) for part in parts]
             table = _decoded(record, exposures.name, is_outcome=False)
             if table is None:
                 unreadable += 1
@@ -104,6 +108,12 @@ def _restore_exposures(
                 memory, np.concatenate([part for part, _ in parts]), np.concatenate([part for _, part in parts]), stop
             )
     return restored, unreadable
+
+
+def _without(part: tuple[np.ndarray, np.ndarray], erased: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    viewer_video_N2, shown_us = part
+    kept = rows_kept(viewer_video_N2[:, 0], erased)
+    return viewer_video_N2[kept], shown_us[kept]
 
 
 def _restore_viewers(
@@ -134,6 +144,8 @@ def _restore_outcomes(
         for record in records_of_partition(outcomes, partition, None, ends):
             if stop.is_set():
                 return watched, choices, unreadable
+            for viewer in erased_viewers(record.payload).tolist():
+                memory.forget(viewer)
             table = _decoded(record, outcomes.name, is_outcome=True)
             if table is None:
                 unreadable += 1
@@ -176,7 +188,7 @@ def _restore_choices(memory: ViewerMemory, table: pa.Table, types: pa.ChunkedArr
 
 def _decoded(record: StoredRecord, name: str, *, is_outcome: bool) -> pa.Table | None:
     try:
-        return (decode_outcomes if is_outcome else decode_exposures)(record.payload)
+        return of_known_viewers((decode_outcomes if is_outcome else decode_exposures)(record.payload))
     except DataError as error:
         log.warning("record skipped: topic=%s partition=%d offset=%d: %s", name, record.partition, record.offset, error)
         return None

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from reelway.pipelines.features.stream.log_records import PARKED_KINDS
 from reelway.pipelines.features.stream.open_impressions import APPLY_RESULTS
 from reelway.pipelines.features.views import SECOND_US
+from reelway.platform.listen_address import all_interfaces
 from reelway.platform.telemetry import counter, gauge
 
 
@@ -122,7 +123,7 @@ def metrics_server(port: int | None, registry: CollectorRegistry) -> Iterator[No
     if port is None:
         yield
         return
-    server, thread = start_http_server(port, registry=registry)
+    server, thread = start_http_server(port, all_interfaces(), registry=registry)
     try:
         yield
     finally:

@@ -22,9 +22,12 @@ from reelway.pipelines.features.stream.viewer_events import EXPOSURE, ViewerEven
 from reelway.pipelines.features.views import AFTER_US, HOUR_US, Events
 from reelway.pipelines.features.windows import I64
 from reelway.platform.contracts.events import IMPRESSIONS, OUTCOME_HORIZON_S, OUTCOMES, TIMESTAMP_TYPE, OutcomeType
+from reelway.platform.eventlog.erasures import anonymous_ids, rows_kept
 from reelway.platform.eventlog.outcome_events import OUTCOME_TYPES
 
 HORIZON_US: Final = OUTCOME_HORIZON_S * 1_000_000
+ERASE_CHUNK: Final = 20_000
+"""Open impressions that an erasure reads at once."""
 APPLIED: Final = "applied"
 REPEATED: Final = "repeated"
 TOO_LATE: Final = "too_late"
@@ -103,6 +106,23 @@ class OpenImpressionTable:
         """Deletes the impressions shown in the hour that ends at ``hour_us``."""
         ids = np.frombuffer(self._hours.pop(np.array([hour_us], dtype=np.int64)), dtype=np.int64)
         self._store.delete_many(self.TABLE, ids)
+
+    def erase(self, viewer_ids: I64, hours_us: range) -> int:
+        """Makes the open impressions of some viewers anonymous. Returns their number.
+
+        Args:
+            hours_us: ends of the hours in which open impressions were shown.
+        """
+        erased = 0
+        for hour_us in hours_us:
+            ids = np.unique(np.frombuffer(self._hours.read(np.array([hour_us], dtype=np.int64)), dtype=np.int64))
+            for start in range(0, len(ids), ERASE_CHUNK):
+                found = self.load(ids[start : start + ERASE_CHUNK])
+                gone = found.take(~rows_kept(found.viewer_id, viewer_ids))
+                if len(gone):
+                    self.save(replace(gone, viewer_id=anonymous_ids(gone.impression_id)), gone.impression_id)
+                    erased += len(gone)
+        return erased
 
 
 def within_horizon(events: ViewerEvents, behind_us: int) -> NDArray[np.bool_]:

@@ -34,6 +34,8 @@ from reelway.platform.eventlog.catalogue_events import decode_status_changes
 from reelway.platform.eventlog.catalogue_log import READ_LIMIT, VersionGuard
 from reelway.platform.eventlog.topics import Topic, open_topic
 from reelway.platform.eventlog.upload_overlay import OverlayRequests
+from reelway.platform.listen_address import all_interfaces
+from reelway.platform.release.cache import ReleaseCache
 from reelway.platform.release.folder import read_manifest
 from reelway.platform.release.signing import check_signature, load_public_keys
 from reelway.platform.release.store import ReleaseStore
@@ -189,14 +191,17 @@ class OverlayWriter:
         return self._is_listed
 
     def _open(self, release: str) -> None:
-        options = self._options
+        options, cache = self._options, ReleaseCache(self._options.release_cache)
         try:
+            cache.prune()
+            use = cache.hold(ReleaseId(release))
             folder = self._store.fetch(ReleaseId(release), options.release_cache)
             check_signature(read_manifest(folder), load_public_keys(options.public_keys))
             catalogue = open_topic(options.events, Topic.CATALOGUE)
             self._overlays[release] = ReleaseOverlay(
                 VideoRows(folder), catalogue, options.overlay, self._uploads.is_newest, self._decode
             )
+            self._overlays[release].release_use = use
             log.info("release %s: overlay has %d rows", short_id(release), self._overlays[release].count)
         except ReelwayError as error:
             self._fail(release, error)
@@ -224,7 +229,8 @@ def run_overlay_writer(options: OverlayOptions, stop: threading.Event) -> None:
         closing(ListWriter(options.events, options.overlay, options.lists_state, registry)) as lists,
     ):
         poller = ListPoller(lists, metrics)
-        server = start_http_server(options.metrics_port, registry=registry) if options.metrics_port else None
+        port = options.metrics_port
+        server = start_http_server(port, all_interfaces(), registry=registry) if port else None
         try:
             while not stop.is_set():
                 changed = writer.step()

@@ -16,6 +16,7 @@ from reelway.pipelines.features.stream.keyed_store import KeyedStore, TimedBytes
 from reelway.pipelines.features.stream.viewer_events import ViewerEvents
 from reelway.pipelines.features.views import AFTER_US
 from reelway.pipelines.features.windows import I64
+from reelway.platform.eventlog.erasures import rows_kept
 
 POINTS_AT_ONCE: Final = 100_000
 """Number of grid points, most of them without events, that are looked up together."""
@@ -63,6 +64,16 @@ class PendingEvents:
             points = np.arange(first_us, min(first_us + step_us, last_us + 1), self._grid_us, dtype=np.int64)
             parts.append(self._points.pop(points))
         return ViewerEvents.unpacked(b"".join(parts))
+
+    def erase(self, viewer_ids: I64) -> int:
+        """Makes the events of some viewers anonymous. Returns their number."""
+        span = self._span()
+        if not len(span):
+            return 0
+        waiting = self.take(int(span[1]))
+        if len(waiting):
+            self.add(waiting.anonymised(viewer_ids))
+        return int((~rows_kept(waiting.viewer_id, viewer_ids)).sum())
 
     def _span(self) -> I64:
         """The first and last point that may have events, or nothing."""

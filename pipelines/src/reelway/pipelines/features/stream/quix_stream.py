@@ -37,7 +37,7 @@ from reelway.pipelines.features.stream.heartbeats import LastRead
 from reelway.pipelines.features.stream.keyed_store import get_integers, put_integers
 from reelway.pipelines.features.stream.log_records import read_records
 from reelway.pipelines.features.stream.metrics import StreamMetrics
-from reelway.pipelines.features.stream.row_records import Progress, encode_progress, encode_rows
+from reelway.pipelines.features.stream.row_records import Progress, encode_progress, encode_rows, row_key
 from reelway.pipelines.features.stream.rules import VIDEO_VIEWS, StreamRules
 from reelway.pipelines.features.stream.time_buckets import CREATORS, ENGAGEMENT
 from reelway.pipelines.features.stream.video_facts import VideoFacts
@@ -48,6 +48,7 @@ from reelway.pipelines.features.windows import I64
 from reelway.platform.errors import DataError
 from reelway.platform.eventlog import StoredRecord
 from reelway.platform.eventlog.arrow_records import viewer_partitions
+from reelway.platform.eventlog.erasures import erased_viewers
 from reelway.platform.eventlog.parked_records import ParkedRecords
 from reelway.platform.eventlog.topics import Topic
 
@@ -57,6 +58,8 @@ COMMIT_INTERVAL_S: Final = 0.5
 """Time between two transactions. Rows are readable after the commit."""
 SESSION_TIMEOUT_MS: Final = 10_000
 """How long the group waits for a member that disappeared; also the timeout of its open transaction."""
+MAX_COMPACTION_LAG_MS: Final = 7 * 24 * 3_600_000
+"""Time after which the brokers delete a row that a newer row or a tombstone has replaced."""
 VIEWER_ROWS: Final = "rows-viewer"
 VIDEO_ROWS: Final = "rows-video"
 CELL_TOPICS: Final = {ENGAGEMENT: "video-cells", CREATORS: "creator-cells"}
@@ -92,7 +95,7 @@ class Output:
 
     topic: str
     key: bytes
-    payload: bytes
+    payload: bytes | None  # None: a tombstone
 
 
 class QuixStore:
@@ -133,7 +136,7 @@ class _OneKey(Deserializer):  # type: ignore[misc]  # quixstreams has no types
 
 
 class _Payload(Serializer):  # type: ignore[misc]
-    def __call__(self, value: Output, *_: Any, **__: Any) -> bytes:
+    def __call__(self, value: Output, *_: Any, **__: Any) -> bytes | None:
         return value.payload
 
 
@@ -206,7 +209,7 @@ class QuixStream:
 
     def _build(self) -> None:
         settings, application = self._settings, self.application
-        compacted = {"cleanup.policy": "compact"}
+        compacted = {"cleanup.policy": "compact", "max.compaction.lag.ms": str(MAX_COMPACTION_LAG_MS)}
         self._topics = {
             name: self._topic(name, partitions, config)
             for name, partitions, config in (
@@ -256,6 +259,7 @@ class QuixStream:
         # A broker that takes over a partition may have a slower clock.
         times[int(is_outcome)] = time_us = max(int(times[int(is_outcome)]), time_ms * 1000)
         put_integers(store, _TIMES, times)
+        outputs += self._erase(value, task)
         self._read(context, value, int(time_us), task)
         done = task.advance(int(times.min()) - self._rules.behind_us)
         self._metrics.count_events(done.results)
@@ -300,6 +304,14 @@ class QuixStream:
         ]
         task.begin(self._begin_us)
         return self._row_outputs(VIEWER_ROWS, rows)
+
+    def _erase(self, value: bytes | None, task: ViewerTask) -> list[Output]:
+        """Applies an erasure: the viewers leave the state, and tombstones replace their rows."""
+        erased = erased_viewers(value or b"")
+        if not len(erased):
+            return []
+        task.erase(erased)
+        return [Output(VIEWER_ROWS, row_key(view, int(viewer)), None) for viewer in erased for view in task.views]
 
     def _owner(self, partition: int) -> Callable[[I64], Any]:
         return lambda ids: viewer_partitions(ids, self._settings.partitions) == partition

@@ -79,6 +79,12 @@ class ViewerPlaces:
         slot = _slots_of(viewer_ids, len(self._viewers))
         return np.where((self._viewers[slot] == viewer_ids)[:, None], self._codes[slot], np.int16(0))
 
+    def erase(self, viewer_ids: I64) -> int:
+        """Forgets viewers. Returns how many were known."""
+        gone = np.isin(self._viewers, viewer_ids)
+        self._viewers[gone], self._codes[gone] = _FREE, 0
+        return int(gone.sum())
+
     def forget(self, codes: I64) -> None:
         """Makes the codes unknown for all viewers."""
         self._codes[np.isin(self._codes, codes)] = 0

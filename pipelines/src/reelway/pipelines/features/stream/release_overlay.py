@@ -68,6 +68,7 @@ class ReleaseOverlay:
         decode: Callable[[Sequence[StoredRecord]], tuple[list[VideoUpsert | None], int]] = decode_upserts,
         capacity: int = OVERLAY_CAPACITY,
     ) -> None:
+        self.release_use: object = None  # keeps the release in the node's cache
         self._rows = rows
         self._catalogue = catalogue
         self._changelog = UploadChangelog(overlay, rows.release, rows.embedding_dim)

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from reelway.pipelines.features.stream.log_records import UNREADABLE
 from reelway.pipelines.features.stream.metrics import StreamMetrics
-from reelway.pipelines.features.stream.row_records import Progress, Row, check_fields, decode, to_table
+from reelway.pipelines.features.stream.row_records import ErasedRow, Progress, Row, check_fields, decode, to_table
 from reelway.pipelines.features.stream.sinks import FeatureSinks
 from reelway.pipelines.features.stream.time_buckets import LAYOUTS, STREAMED, view_values_at
 from reelway.pipelines.features.views import ViewSettings
@@ -42,10 +42,16 @@ class ViewerRowDelivery:
     def deliver(self, messages: Sequence[Message]) -> int | None:
         """Delivers all rows. Returns None: no offset is held back."""
         latest: dict[str, dict[int, Row]] = {}
+        erased: set[int] = set()
         for message in messages:
             row = _decoded(message, self._schemas, self._metrics)
             if isinstance(row, Row):
                 latest.setdefault(row.view, {})[row.entity] = row
+            elif isinstance(row, ErasedRow):  # an erasure deletes a viewer's rows of all views
+                latest.get(row.view, {}).pop(row.entity, None)
+                erased.add(row.entity)
+        if erased:
+            self._sinks.erase_viewers(sorted(erased))
         for view, rows in latest.items():
             self._sinks.write_viewer_rows(view, to_table(view, list(rows.values()), self._schemas[view]))
             self._metrics.count_rows({view: len(rows)})
@@ -75,7 +81,7 @@ class VideoRowDelivery:
             found = _decoded(message, self._schemas, self._metrics)
             if isinstance(found, Progress):
                 self._progress[found.view, found.partition] = found.as_of_us
-            elif found is not None:
+            elif isinstance(found, Row):
                 self._held[offset] = found
         if len(self._progress) == self._sources:
             self._release(next_offset, min(self._progress.values()))
@@ -98,7 +104,9 @@ class VideoRowDelivery:
 Delivery = ViewerRowDelivery | VideoRowDelivery
 
 
-def _decoded(message: Message, schemas: Mapping[str, pa.Schema], metrics: StreamMetrics) -> Row | Progress | None:
+def _decoded(
+    message: Message, schemas: Mapping[str, pa.Schema], metrics: StreamMetrics
+) -> Row | ErasedRow | Progress | None:
     """Returns what a message holds; None, logged and counted, if this version cannot read it."""
     try:
         found = decode(message.key() or b"", message.value() or b"")

@@ -34,12 +34,24 @@ class Row:
 
 
 @dataclass(frozen=True)
+class ErasedRow:
+    """The row of an entity was deleted: a tombstone."""
+
+    view: str
+    entity: int
+
+
+@dataclass(frozen=True)
 class Progress:
     """All rows of a view's partition up to ``as_of_us`` are in the topic."""
 
     view: str
     partition: int
     as_of_us: int
+
+
+def row_key(view: str, entity: int) -> bytes:
+    return f"{view}:{entity}".encode()
 
 
 def encode_rows(emitted: Sequence[EmittedRows]) -> Iterator[tuple[bytes, bytes]]:
@@ -49,7 +61,7 @@ def encode_rows(emitted: Sequence[EmittedRows]) -> Iterator[tuple[bytes, bytes]]
         entities = chunk.rows[ENTITY_KEYS[chunk.view]].to_pylist()
         fields = chunk.rows.drop_columns([*_TIMES, ENTITY_KEYS[chunk.view]]).to_pylist()
         for entity, at, values in zip(entities, at_us, fields, strict=True):
-            yield f"{chunk.view}:{entity}".encode(), json.dumps({"at_us": at, "fields": values}).encode()
+            yield row_key(chunk.view, entity), json.dumps({"at_us": at, "fields": values}).encode()
 
 
 def encode_progress(progress: Progress) -> tuple[bytes, bytes]:
@@ -58,19 +70,23 @@ def encode_progress(progress: Progress) -> tuple[bytes, bytes]:
     return key, json.dumps({"as_of_us": progress.as_of_us}).encode()
 
 
-def decode(key: bytes, value: bytes) -> Row | Progress:
+def decode(key: bytes, value: bytes) -> Row | ErasedRow | Progress:
     """Returns what one record of either topic holds.
 
     Raises:
-        DataError: if it is neither a row nor progress, such as a tombstone.
+        DataError: if it is neither a row, progress nor the tombstone of a row.
     """
     try:
-        names, content = key.decode().split(":"), json.loads(value)
+        names = key.decode().split(":")
+        if not value and names[0] in ENTITY_KEYS:
+            return ErasedRow(names[0], int(names[1]))
+        content = json.loads(value)
         if names[0] == "progress":
             return Progress(names[1], int(names[2]), content["as_of_us"])
         return Row(names[0], int(names[1]), content["at_us"], content["fields"])
     except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise DataError(f"record with key {key!r} is no row of the stream: {error!r}") from error
+        view = key.partition(b":")[0]
+        raise DataError(f"record with a key of {view!r} is no row of the stream: {type(error).__name__}") from error
 
 
 def check_fields(row: Row, schemas: Mapping[str, pa.Schema]) -> None:
@@ -80,10 +96,10 @@ def check_fields(row: Row, schemas: Mapping[str, pa.Schema]) -> None:
         DataError: if it does not, because another version wrote it.
     """
     if row.view not in schemas:
-        raise DataError(f"row of {row.entity}: this version has no view {row.view!r}")
+        raise DataError(f"row of view {row.view!r}: this version has no such view")
     known = {*row.fields, *_TIMES, ENTITY_KEYS[row.view]}
     if missing := [name for name in schemas[row.view].names if name not in known]:
-        raise DataError(f"row of {row.view} {row.entity} lacks {', '.join(missing)}; another version wrote it")
+        raise DataError(f"row of view {row.view!r} lacks {', '.join(missing)}; another version wrote it")
 
 
 def to_table(view: str, rows: Sequence[Row], schema: pa.Schema) -> pa.Table:

@@ -56,6 +56,19 @@ class SqliteStore:
             self._numbers.clear()
             raise
 
+    @contextmanager
+    def erasing(self, *, keep: bool) -> Iterator[None]:
+        """Like ``transaction``, and overwrites what it deletes. With ``keep=False``, all changes are taken back."""
+        try:
+            with self._file.erasing() as db:
+                db.execute("SAVEPOINT before")
+                yield
+                if not keep:
+                    db.execute("ROLLBACK TO before")
+        finally:
+            self._numbers.clear()
+        self._file.truncate_wal()
+
     def get_many(self, table: str, keys: I64) -> list[bytes | None]:
         """See ``KeyedStore.get_many``."""
         if not len(keys):
@@ -107,6 +120,10 @@ class SqliteStore:
         """Returns the rows that are not delivered, oldest first, by a number that is never given twice."""
         with self._file.translated_errors():
             return self._db.execute("SELECT number, rows FROM undelivered ORDER BY number").fetchall()
+
+    def replace_undelivered(self, number: int, rows: bytes) -> None:
+        with self._file.translated_errors():
+            self._db.execute("UPDATE undelivered SET rows = ? WHERE number = ?", (rows, number))
 
     def delete_undelivered(self, number: int) -> None:
         """Deletes rows up to a number, in a transaction of its own."""

@@ -5,13 +5,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from reelway.pipelines.features.windows import I64
+from reelway.platform.eventlog.erasures import anonymised_ids
 
 EXPOSURE: Final = -1
 """Kind of an exposure. The kind of an outcome is its index in ``OUTCOME_TYPES``."""
@@ -37,6 +38,10 @@ class ViewerEvents:
 
     def take(self, rows: NDArray[Any]) -> ViewerEvents:
         return ViewerEvents(**{name: getattr(self, name)[rows] for name in self.__dataclass_fields__})
+
+    def anonymised(self, erased: I64) -> ViewerEvents:
+        """Returns the events with anonymous ids for erased viewers ``[E]``."""
+        return replace(self, viewer_id=anonymised_ids(self.viewer_id, self.impression_id, erased))
 
     @classmethod
     def joined(cls, parts: Sequence[ViewerEvents]) -> ViewerEvents:

@@ -90,6 +90,20 @@ class ViewerTask:
         time_us = np.maximum(events.time_us - self.rules.behind_us, self.settled_us or 0)
         self._pending.add(ViewerEvents(**{**vars(events), "time_us": time_us}))
 
+    def erase(self, viewer_ids: I64) -> int:
+        """Deletes everything about some viewers. Returns the number of events, impressions and rows found.
+
+        Waiting events and open impressions become anonymous, so that the counts of videos stay what they are.
+        """
+        ids, settled_us = np.unique(viewer_ids), self.settled_us
+        if settled_us is None:
+            return 0
+        log_us = settled_us + self.rules.behind_us
+        first_us, last_us = log_us - HORIZON_US - 2 * HOUR_US, log_us + 2 * HOUR_US
+        hours_us = range(first_us // HOUR_US * HOUR_US, last_us // HOUR_US * HOUR_US + 1, HOUR_US)
+        erased = self._pending.erase(ids) + self._open.erase(ids, hours_us)
+        return erased + sum(view.erase(ids) for view in self.views.values())
+
     def advance(self, complete_us: int) -> ViewerResult:
         """Applies all events up to a time and computes the rows due by then.
 
@@ -135,6 +149,8 @@ class ViewerTask:
             entity, rows = _ONE[:0], np.zeros((0, len(LAYOUTS[view].columns)), np.int64)
             if removed is not None and added is not None:
                 entity, rows = changed_rows(view, removed, added, schedule.bucket_us)
+                if view in VIEWER_VIEWS:  # an anonymous viewer has no row
+                    entity, rows = entity[entity >= 0], rows[entity >= 0]
             if view in VIDEO_VIEWS:
                 cells += [Cells(view, point_us, entity, rows)] if len(entity) else []
                 continue

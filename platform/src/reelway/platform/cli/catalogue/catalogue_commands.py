@@ -167,7 +167,7 @@ def serve(
         help="File with the bearer token that clients must send. Defaults to RUN/keys/catalogue.token, which is "
         "created if it does not exist.",
     ),
-    host: str = typer.Option("127.0.0.1", help="IP address to listen on."),
+    host: str = typer.Option("127.0.0.1", help="IP address to listen on; * listens on all interfaces."),
     port: int = typer.Option(8085, min=0, max=65535, help="Port to listen on; 0 chooses a free port."),
     schema: Path | None = typer.Option(
         None, help="Folder of the data set, whose schema.json content vectors must fit. Defaults to RUN/dataset."
@@ -177,9 +177,8 @@ def serve(
 
     \b
     Example:
-      reelway catalogue serve --events kafka://kafka:9092 --token-file /secrets/token --host 0.0.0.0 --port 8085
+      reelway catalogue serve --events kafka://kafka:9092 --token-file /secrets/token --host '*' --port 8085
     """
-    import signal
     import threading
     from contextlib import closing
 
@@ -195,15 +194,14 @@ def serve(
     from reelway.platform.rollout.control.bearer_token import ensure_bearer_token
     from reelway.platform.rollout.control.webhook import serve_in_thread
     from reelway.platform.run_directory import RunDirectory
+    from reelway.platform.stop_signals import stopped_by_signals
 
     directory = RunDirectory(run)
     address = event_address(directory, events)
     token = read_token(token_file) if token_file else ensure_bearer_token(directory.keys / CATALOGUE_TOKEN)
     dimensions = read_dimensions(schema) if schema else run_dimensions(run)
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    with closing(CataloguePublisher(address)) as publisher:
+    with stopped_by_signals(stop.set), closing(CataloguePublisher(address)) as publisher:
         application = catalogue_application(publisher, token, dimensions)
         with serve_in_thread(application, host, port) as url:
             stdout_console.print(f"catalogue of {address} at {url}", highlight=False, soft_wrap=True)

@@ -20,10 +20,12 @@ import typer
 
 from reelway.platform.cli.demo import live, report, rollouts
 from reelway.platform.cli.demo.demo_progress import DemoProgress
-from reelway.platform.cli.processes import child_process, reelway_command, run_command
+from reelway.platform.cli.processes import ChildProcesses, reelway_command, run_command
+from reelway.platform.cli.supervisor import leave_processes_running, supervise
 from reelway.platform.cli.terminal import print_status, stderr_console
 from reelway.platform.errors import ConfigError, ServingError
 from reelway.platform.run_directory import RunDirectory
+from reelway.platform.stop_signals import STOP_LIMIT_S
 
 SERVE_DEADLINE_S = 180.0
 
@@ -85,6 +87,7 @@ def register(app: typer.Typer) -> None:
 
         Example: reelway demo --run runs/demo --keep
         """
+        supervise(STOP_LIMIT_S)
         options = DemoOptions(RunDirectory(run), data, data_dir, workers, gpus, seed, keep, rollouts)
         if data is DataChoice.ML_100K and data_dir is None:
             raise ConfigError("--data ml-100k requires its folder; pass --data-dir DIR (make demo DATA_DIR=DIR)")
@@ -150,7 +153,6 @@ def run_demo(options: DemoOptions) -> None:
         if scenes:
             live.check_live_results(scenes)
         if options.keep:
-            stack.pop_all()
             pid = _read_serving_record(run)["pid"]
             print_status(f"The service keeps running at {url}. Stop it with: kill {pid}")
 
@@ -179,13 +181,18 @@ def offline_steps(options: DemoOptions) -> list[tuple[str, list[str]]]:
 def running_service(options: DemoOptions, command: list[str]) -> Iterator[str]:
     """Runs the service as a child process and yields its URL once it responds.
 
+    With ``keep`` the service stays when the block is left without an error.
+
     Raises:
         ServingError: if the service exits or does not respond in time; the message names its log.
     """
     log = options.run.path / "serving.log"
     (options.run.path / "serving.json").unlink(missing_ok=True)
-    with child_process(reelway_command(*command), log=log) as process:
-        yield _wait_until_answering(options.run, process, log)
+    with ChildProcesses() as children:
+        yield _wait_until_answering(options.run, children.start(reelway_command(*command), log), log)
+        if options.keep:
+            children.leave_running()
+            leave_processes_running()
 
 
 def _wait_until_answering(run: RunDirectory, process: subprocess.Popen[bytes], log: Path) -> str:

@@ -27,6 +27,7 @@ from reelway.platform.cli.terminal import print_status, stderr_console, stdout_c
 from reelway.platform.contracts.events import OutcomeType
 from reelway.platform.errors import ServingError
 from reelway.platform.run_directory import RunDirectory
+from reelway.platform.viewer_pseudonyms import viewer_pseudonym
 
 PAGES: Final = 10
 PAGE_VIDEOS: Final = 10
@@ -156,7 +157,7 @@ class LiveScenes:
         viewer, elapsed_s = _first(viewer_who_sees_it, began, interval_s=0.0)
         if viewer is None:
             return f"in no slate within {DEADLINE_S:g} s", False
-        return f"first shown after {elapsed_s:.1f} s, to viewer {viewer}", True
+        return f"first shown after {elapsed_s:.1f} s, to {viewer_pseudonym(viewer)}", True
 
     def _takedown(self, video_id: int) -> tuple[str, bool]:
         began = time.monotonic()
@@ -212,7 +213,9 @@ class LiveScenes:
     def _slate(self, viewer: int, count: int) -> list[dict[str, Any]]:
         answer = self.client.post("/v1/recommend", json={"viewer_id": viewer, "count": count})
         if not answer.is_success:
-            raise ServingError(f"POST /v1/recommend for viewer {viewer}: {answer.status_code} {answer.text[:300]}")
+            raise ServingError(
+                f"POST /v1/recommend for {viewer_pseudonym(viewer)}: {answer.status_code} {answer.text[:300]}"
+            )
         videos: list[dict[str, Any]] = answer.json()["videos"]
         return videos
 

@@ -20,6 +20,7 @@ from reelway.platform.cli.terminal import progress, stdout_console
 from reelway.platform.contracts.events import OutcomeType
 from reelway.platform.errors import DataError, ServingError
 from reelway.platform.run_directory import RunDirectory
+from reelway.platform.viewer_pseudonyms import viewer_pseudonym
 
 SHOWN_VIEWERS = 3
 SHOWN_VIDEOS = 8
@@ -70,7 +71,9 @@ def _recommend(url: str, viewer: int, count: int) -> dict[str, Any]:
         timeout=30,
     )
     if not answer.is_success:
-        raise ServingError(f"POST {url}/v1/recommend for viewer {viewer}: {answer.status_code} {answer.text[:300]}")
+        raise ServingError(
+            f"POST {url}/v1/recommend for {viewer_pseudonym(viewer)}: {answer.status_code} {answer.text[:300]}"
+        )
     body: dict[str, Any] = answer.json()
     return body
 

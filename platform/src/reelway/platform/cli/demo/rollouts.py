@@ -39,6 +39,7 @@ ROLLOUT_S: Final = 240
 SETTLE_DELAY_S: Final = 2.0
 """The traffic report is at most 1 s old, and the policy's cooldown is 1 s."""
 TRAFFIC_START_TIMEOUT_S: Final = 60.0
+TRAFFIC_STOP_LIMIT_S: Final = 3.0
 _ACCEPTED_EXIT_CODES: Final = (0, 10)
 """Exit codes of ``reelway rollout start --wait``: promoted, rolled back."""
 
@@ -119,7 +120,7 @@ def run_scenarios(run: RunDirectory, progress: DemoProgress) -> tuple[list[Scena
     parity = ["features", "parity", *run_option, "--interval", str(PARITY_INTERVAL_S)]
     progress.step("Simulate viewers and replay served features", traffic, parity)
     with ExitStack() as stack:
-        stack.enter_context(child_process(reelway_command(*parity), log=run.path / "parity.log"))
+        stack.enter_context(child_process(reelway_command(*parity), log=run.path / "parity.log", limit_s=2.0))
         stack.enter_context(_traffic(traffic, run.path / "traffic.log", report))
         endings = [_run_scenario(run, scenario, progress, report) for scenario in SCENARIOS]
     return endings, _read(report)
@@ -225,7 +226,7 @@ def deciding_evidence(decision: HistoryEntry) -> str:
 @contextmanager
 def _traffic(command: Sequence[str], log: Path, report: Path) -> Iterator[None]:
     report.unlink(missing_ok=True)
-    with child_process(reelway_command(*command), log=log) as process:
+    with child_process(reelway_command(*command), log=log, limit_s=TRAFFIC_STOP_LIMIT_S) as process:
         deadline = time.monotonic() + TRAFFIC_START_TIMEOUT_S
         with stderr_console.status(f"waiting for the first viewers (log: {log})"):
             while not report.exists():

@@ -47,6 +47,8 @@ READY_TIMEOUT_S: Final = 300.0
 """Maximum time for the bad release to start."""
 ROLLBACK_TIMEOUT_S: Final = 60.0
 """Maximum time at the end of the drill until all traffic is on stable."""
+INTERRUPTED_ROLLBACK_TIMEOUT_S: Final = 10.0
+"""The same after a stop signal. The controller completes a rollback that takes longer."""
 TRAFFIC_PROBE_S: Final = 3.0
 ALERT_DELAY_S: Final = 3.0
 """Exposure of viewers to the release before the test alert is sent."""
@@ -216,7 +218,7 @@ def make_bad_release(run: RunDirectory, fault: Fault) -> str:
     print_unwrapped(f"$ reelway {escape(' '.join(command))}")
     with (
         stderr_console.status("building a bad release"),
-        child_process(reelway_command(*command), log=log) as process,
+        child_process(reelway_command(*command), log=log, limit_s=10.0) as process,
     ):
         code = process.wait()
     text = log.read_text(errors="replace")
@@ -285,9 +287,12 @@ def wait_for_rollback(drill: Drill, rollout_id: str) -> None:
 @contextmanager
 def ensure_rolled_back(drill: Drill, rollout_id: str) -> Iterator[None]:
     """Rolls back when the block is left for any reason, and waits until all traffic is on stable."""
-    store = drill.store
+    store, timeout_s = drill.store, ROLLBACK_TIMEOUT_S
     try:
         yield
+    except (KeyboardInterrupt, SystemExit):
+        timeout_s = INTERRUPTED_ROLLBACK_TIMEOUT_S
+        raise
     finally:
         state = store.get(rollout_id).state
         if state.phase not in (Phase.ROLLED_BACK, Phase.ROLLING_BACK):
@@ -295,7 +300,7 @@ def ensure_rolled_back(drill: Drill, rollout_id: str) -> Iterator[None]:
             command = Command(id=uuid.uuid4().hex, verb="rollback", actor=current_user(), note="the drill is over")
             store.submit_command(rollout_id, command)
         rolled_back = wait_until(
-            store, rollout_id, lambda r: r.state.phase is Phase.ROLLED_BACK, timeout_s=ROLLBACK_TIMEOUT_S
+            store, rollout_id, lambda r: r.state.phase is Phase.ROLLED_BACK, timeout_s=timeout_s
         ).state.phase
         if rolled_back is not Phase.ROLLED_BACK:
             print_unwrapped(

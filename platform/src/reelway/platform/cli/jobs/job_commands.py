@@ -103,7 +103,9 @@ def submit(
         help="Seconds for which the job's Ray cluster is kept after the job has ended. Default: the installation's.",
     ),
     backoff_limit: int = typer.Option(0, min=0, help="Maximum number of retries of a failed job."),
-    image: str | None = typer.Option(None, help="Image of the job's pods. Default: the installation's training image."),
+    image: str | None = typer.Option(
+        None, help="Image of the job's pods, one of jobs.allowedImages. Default: the installation's."
+    ),
     detach: bool = typer.Option(False, "--detach", help="Print the job's name and exit without following it."),
 ) -> None:
     """Run one step of the pipeline on the cluster, follow its log and exit with its exit code.

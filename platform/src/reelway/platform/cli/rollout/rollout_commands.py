@@ -323,7 +323,7 @@ def controller(
         help="Settings file (YAML) with the keys interval_s, webhook, prometheus, alertmanager. Options override it.",
     ),
     host: str | None = typer.Option(
-        None, help="Address at which the alert webhook listens. Default: 127.0.0.1; 0.0.0.0 for all interfaces."
+        None, help="Address at which the alert webhook listens. Default: 127.0.0.1; * for all interfaces."
     ),
     port: int | None = typer.Option(None, min=0, max=65535, help="Port of the alert webhook. Default: a free port."),
     interval: float | None = typer.Option(

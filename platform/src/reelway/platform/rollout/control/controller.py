@@ -2,7 +2,8 @@
 
 A new state is recorded before traffic is changed, and traffic is compared with the recorded state on every reconcile.
 The controller may therefore be killed at any instruction, and a lost write, a restarted service or a manual change is
-corrected on the next reconcile. A firing alert rolls back without waiting for a reconcile (``Controller.react``).
+corrected on the next reconcile. A rollback that cannot be recorded is written all the same and recorded later
+(``unrecorded_rollback``). A firing alert rolls back without waiting for a reconcile (``Controller.react``).
 Missing evidence and failed writes hold the rollout with a reason and never end the loop.
 """
 
@@ -18,8 +19,10 @@ from typing import Any, TypeVar
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.errors import ReelwayError, RolloutError
 from reelway.platform.rollout.assessment import Assessment, assess
+from reelway.platform.rollout.control.alert_polls import AlertPolls
 from reelway.platform.rollout.control.alert_registry import AlertRegistry
 from reelway.platform.rollout.control.controller_metrics import ControllerMetrics
+from reelway.platform.rollout.control.unrecorded_rollback import UnrecordedRollback
 from reelway.platform.rollout.decision import Action, Decision, advance, decide_on
 from reelway.platform.rollout.evidence import EvidenceSnapshot, no_evidence
 from reelway.platform.rollout.evidence_source import AlertSource, EvidenceSource
@@ -87,12 +90,13 @@ class Controller:
         self._backend = backend
         self._source = source
         self._alerts = alerts
-        self._alert_source = alert_source
+        self._polls = AlertPolls(alert_source, alerts, clock)
         self._poll_s = poll_s
         self._clock = clock
         self._metrics = metrics or ControllerMetrics()
         self._apply_lock = threading.RLock()
         """Held from the record of a state until traffic is written: a slow reconcile cannot overwrite a rollback."""
+        self._unrecorded = UnrecordedRollback()
         self._last_errors: dict[str, str] = {}
 
     def run(self, stop: threading.Event, alert_arrived: threading.Event, interval_s: float = 1.0) -> None:
@@ -104,7 +108,7 @@ class Controller:
         threads = [
             threading.Thread(target=self._react_when_woken, args=(stop, alert_arrived, reconcile_now), name="reactions")
         ]
-        if self._alert_source is not None:
+        if self._polls.enabled:
             threads.append(
                 threading.Thread(target=self._poll_alerts_until, args=(stop, alert_arrived), name="alert-polls")
             )
@@ -130,7 +134,8 @@ class Controller:
         """Reconciles once. Returns None if there is no rollout, or another process changed it meanwhile.
 
         Raises:
-            ReelwayError: if the store cannot be read or written; no traffic was changed without a record.
+            ReelwayError: if the store cannot be read or written; no traffic was changed without a record, except by a
+                rollback.
         """
         with self._metrics.tick.time():
             self.react()
@@ -153,7 +158,7 @@ class Controller:
     def _react(self) -> Decision | None:
         started_s = time.perf_counter()
         rollout = self._store.latest()
-        if rollout is None or not (firing := self._firing(rollout.state)):
+        if rollout is None or self._unrecorded.decision(rollout.state) or not (firing := self._firing(rollout.state)):
             return None
         now = self._clock()
         evidence = EvidenceSnapshot(time=now, release=rollout.state.canary_release, alerts=firing)
@@ -168,14 +173,13 @@ class Controller:
         return decision
 
     def poll_alerts(self) -> bool:
-        """Polls the alert source once. Returns whether the known alerts changed."""
-        assert self._alert_source is not None
+        """Polls the alert source once. Returns whether alerts may have become known."""
         try:
-            changed = self._alerts.poll(self._alert_source.poll())
-        except RolloutError as error:
+            changed = self._polls.poll()
+        except ReelwayError as error:
             self._report_failure("poll", str(error))
-            return False
-        self._report_failure("poll", "")
+            return True  # known and not stored
+        self._report_failure("poll", self._polls.failure)
         return changed
 
     def _evaluate(self, rollout: Rollout) -> _ReconcilePass:
@@ -186,12 +190,16 @@ class Controller:
         evidence = replace(
             evidence,
             alerts=self._firing(state),
+            alerts_problem=self._polls.problem(policy.evidence_max_age_s),
             weights=observation.weights(state),
             canary_ready=_ready(observation, state.canary_release),
             canary_failure=failed if state.canary_release in observation.failed_permanently else "",
         )
         verdicts = assess(policy, evidence)
-        decision = decide_on(policy, state, evidence, verdicts, now)
+        with self._apply_lock:
+            self._unrecorded.observe(state, observation)
+            unrecorded = self._unrecorded.decision(state)
+        decision = unrecorded or decide_on(policy, state, evidence, verdicts, now)
         if state.phase is Phase.PREPARING and failed not in decision.reason:
             decision = replace(decision, reason=f"{decision.reason}; {short_id(state.canary_release)} failed: {failed}")
         return _ReconcilePass.of(rollout, observation, evidence, verdicts, decision, now)
@@ -203,6 +211,8 @@ class Controller:
             newest = self._store.latest()
             if newest is None or newest.state.id != before.state.id:
                 return False
+            if decision.action is not Action.ROLL_BACK and self._unrecorded.decision(before.state):
+                return False  # decided before the rollback that waits for its record
             if _is_final(before.state) and decision.action is Action.WAIT:
                 if newest.version != before.version:
                     return False
@@ -213,12 +223,29 @@ class Controller:
                 except RolloutError as error:
                     log.info("reconcile skipped: %s", error)
                     return False
+                except ReelwayError:
+                    self._unrecorded.record_failed()
+                    if decision.action is Action.ROLL_BACK:
+                        self._roll_back_unrecorded(reconcile_pass)
+                    raise
+                self._unrecorded.record_succeeded(written.state)
             self._report_decision(reconcile_pass, written.state)
             target = traffic_target(written.state)
             reached = reconcile_pass.observation is not None and _is_at_target(reconcile_pass.observation, target)
             apply_error = "" if reached else self._apply(target)
         self._store.save_last_reconcile(_last_reconcile(reconcile_pass, target, reached, apply_error))
         return True
+
+    def _roll_back_unrecorded(self, reconcile_pass: _ReconcilePass) -> None:
+        """Writes a rollback to the traffic whose record failed, unless another controller writes the traffic."""
+        state, decision = reconcile_pass.rollout.state, reconcile_pass.decision
+        if self._unrecorded.superseded:
+            self._report_failure("apply", "rollback not written: another controller has changed the traffic")
+            return
+        if self._unrecorded.begin(state, decision, reconcile_pass.now):
+            self._metrics.unrecorded_rollbacks.inc()
+            log.warning("%s %s, not recorded: %s", state.id, decision.action.value, decision.reason)
+        self._apply(self._unrecorded.target(traffic_target(reconcile_pass.after)))
 
     def _report_decision(self, reconcile_pass: _ReconcilePass, state: RolloutState) -> None:
         self._metrics.decisions.labels(reconcile_pass.decision.action.value).inc()
@@ -254,7 +281,7 @@ class Controller:
         return evidence
 
     def _firing(self, state: RolloutState) -> tuple[Any, ...]:
-        return self._alerts.firing_for(state.canary_release, since=state.started_at)
+        return self._alerts.firing_for(state)
 
     def _report_failure(self, kind: str, text: str) -> None:
         """Counts every failure; logs when a failure begins, changes or ends."""

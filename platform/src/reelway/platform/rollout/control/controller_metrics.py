@@ -42,6 +42,14 @@ class ControllerMetrics:
             "admission, finalizers, rankers.",
             ["kind"], registry,
         )  # fmt: skip
+        self.unrecorded_rollbacks = counter(
+            "reelway_rollout_unrecorded_rollbacks_total",
+            "Rollbacks that were written to the traffic before they could be recorded.", [], registry,
+        )  # fmt: skip
+        self.cut_off = gauge(
+            "reelway_rollout_cut_off",
+            "1 while this operator cannot renew its Lease and may only roll back, else 0.", [], registry,
+        )  # fmt: skip
         self.webhooks = counter("reelway_rollout_webhooks_total", "Webhook deliveries.", ["outcome"], registry)
         self.tick = histogram(
             "reelway_rollout_tick_seconds", "Duration of one reconcile.", [], registry, _TICK_BUCKETS_S

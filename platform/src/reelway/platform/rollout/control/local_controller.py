@@ -9,9 +9,8 @@ import fcntl
 import json
 import logging
 import os
-import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Final
@@ -34,6 +33,7 @@ from reelway.platform.rollout.control.webhook import serve_in_thread, webhook_ap
 from reelway.platform.rollout.sources import evidence_source
 from reelway.platform.rollout.traffic.serve_rest import ServeRestBackend
 from reelway.platform.run_directory import RunDirectory
+from reelway.platform.stop_signals import stopped_by_signals
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def run_controller(settings: ControllerSettings, stop: threading.Event | None = 
         token = ensure_bearer_token(run.keys / WEBHOOK_TOKEN)
         store = stack.enter_context(closing(SqliteRolloutStore(run.path / "rollout" / "state.db")))
         backend = stack.enter_context(closing(ServeRestBackend(run)))
-        alerts, metrics = AlertRegistry(store), ControllerMetrics()
+        alerts, metrics = AlertRegistry(store, on_change=wake.set), ControllerMetrics()
         controller = Controller(
             store,
             backend,
@@ -84,7 +84,8 @@ def run_controller(settings: ControllerSettings, stop: threading.Event | None = 
             metrics=metrics,
         )
         application = webhook_application(alerts, wake.set, token, metrics)
-        url = stack.enter_context(serve_in_thread(application, settings.webhook.host, settings.webhook.port))
+        webhook = settings.webhook
+        url = stack.enter_context(serve_in_thread(application, webhook.host, webhook.port, webhook.certificate()))
         write_json(record, {"url": url, "pid": os.getpid()})
         stack.callback(record.unlink, missing_ok=True)
         log.info("controller of %s: started, webhook at %s", run.path, url)
@@ -117,17 +118,3 @@ def _holder_description(record: Path) -> str:
         return f" (process {known['pid']} at {known['url']})"
     except (OSError, ValueError, KeyError, TypeError):
         return ""  # the other controller is still starting
-
-
-@contextmanager
-def stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """Calls ``stop`` on SIGTERM and SIGINT, so that the loop ends between two reconciles."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, lambda *_: stop()) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

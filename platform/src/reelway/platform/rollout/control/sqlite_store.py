@@ -39,13 +39,13 @@ _FORMAT: Final = SqliteFormat(
         "CREATE INDEX history_of ON history (rollout_id, number)",
         """CREATE TABLE alerts (
                group_key TEXT, labels TEXT, starts_at REAL, resolved INTEGER NOT NULL, summary TEXT NOT NULL,
-               PRIMARY KEY (group_key, labels, starts_at)) WITHOUT ROWID""",
+               rollout TEXT NOT NULL, PRIMARY KEY (group_key, labels, starts_at)) WITHOUT ROWID""",
         "CREATE TABLE sightings (rollout_id TEXT PRIMARY KEY, sighting TEXT NOT NULL)",
     ),
     remedy="restore it, or move it away to start with an empty store",
 )
 _COLUMNS: Final = "id, version, state, policy"
-_AlertRow = tuple[str, str, float, int, str]
+_AlertRow = tuple[str, str, float, int, str, str]
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
@@ -136,7 +136,7 @@ class SqliteRolloutStore:
             stored, current = set(_alert_rows(db)), {_alert_row(alert) for alert in alerts.values()}
             removed = [row[:3] for row in stored - current]
             db.executemany("DELETE FROM alerts WHERE group_key = ? AND labels = ? AND starts_at = ?", removed)
-            db.executemany("INSERT INTO alerts VALUES (?, ?, ?, ?, ?)", current - stored)
+            db.executemany("INSERT INTO alerts VALUES (?, ?, ?, ?, ?, ?)", current - stored)
 
     def save_last_reconcile(self, last_reconcile: LastReconcile) -> None:
         with self._writing() as db:
@@ -193,10 +193,15 @@ class SqliteRolloutStore:
         return Rollout(state=self._read(RolloutState, state), policy=self._read(RolloutPolicy, policy), version=version)
 
     def _alert(self, row: _AlertRow) -> KnownAlert:
-        group_key, labels, starts_at, resolved, summary = row
+        group_key, labels, starts_at, resolved, summary, rollout = row
         pairs = tuple((str(name), str(value)) for name, value in json.loads(labels))
         return KnownAlert(
-            group_key=group_key, labels=pairs, starts_at=starts_at, resolved=bool(resolved), summary=summary
+            group_key=group_key,
+            labels=pairs,
+            starts_at=starts_at,
+            resolved=bool(resolved),
+            summary=summary,
+            rollout=rollout,
         )
 
     def _read(self, model: type[_Model], text: str) -> _Model:
@@ -208,8 +213,9 @@ class SqliteRolloutStore:
 
 
 def _alert_rows(db: sqlite3.Connection) -> list[_AlertRow]:
-    return db.execute("SELECT group_key, labels, starts_at, resolved, summary FROM alerts").fetchall()
+    return db.execute("SELECT group_key, labels, starts_at, resolved, summary, rollout FROM alerts").fetchall()
 
 
 def _alert_row(alert: KnownAlert) -> _AlertRow:
-    return alert.group_key, json.dumps(alert.labels), alert.starts_at, int(alert.resolved), alert.summary
+    labels = json.dumps(alert.labels)
+    return alert.group_key, labels, alert.starts_at, int(alert.resolved), alert.summary, alert.rollout

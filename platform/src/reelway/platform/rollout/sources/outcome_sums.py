@@ -71,19 +71,20 @@ def outcome_evidence(
 
 
 def _sums(state: RolloutState, read_result: SeriesReadResult, collector: ScrapeJob) -> _Sums:
-    """Returns the newest values, summed over the collector's running instances.
+    """Returns the newest values of one running collector.
 
-    A removed instance does not count, because its successor has its data. The newest value must not be below an
-    earlier value of any instance.
+    One process sums the outcomes. Two running instances are that process at two addresses, or a successor that is still
+    reading the event log: the one with the larger sums is used, and nothing is added. A removed instance does not
+    count, because its successor has its data. A count of the audience must not be below an earlier one of any instance.
     """
-    newest, highest = defaultdict[_Key, float](float), dict[_Key, float]()
+    by_instance, highest = defaultdict[str, dict[_Key, float]](dict), dict[_Key, float]()
     canary, stable = Scope.of(state).releases
     release_of = {Arm.CANARY.value: canary, Arm.STABLE.value: stable}
     for key, samples in read_result.series.items():
         if key.name not in CUMULATIVE_SERIES or key.get("rollout") != state.id or not samples:
             continue
-        if release_of.get(key.get("arm")) != key.get("release"):
-            continue  # the holdout, or the arm that became stable when the rollout ended
+        if key.get("job") != collector.name or release_of.get(key.get("arm")) != key.get("release"):
+            continue  # another job, the holdout, or the arm that became stable when the rollout ended
         sum_key = _Key(
             key.get("arm"), key.get("slice"), key.get("metric") or key.get("kind"), key.get("statistic"), key.name
         )
@@ -92,13 +93,19 @@ def _sums(state: RolloutState, read_result: SeriesReadResult, collector: ScrapeJ
             highest[sum_key] = max(peak, highest.get(sum_key, 0.0))
         instance = collector.instances.get(key.get("instance"))
         if instance is not None and not instance.removed and samples[-1].time >= instance.last_sample_at:
-            newest[sum_key] += samples[-1].value
+            by_instance[instance.name][sum_key] = samples[-1].value
+    newest = max(by_instance.values(), key=_total, default=dict[_Key, float]())
     for sum_key, peak in highest.items():
         if 0 <= (now := newest.get(sum_key, 0.0)) < peak * (1 - _TOLERANCE):
             change = f"fell from {peak:g} to {now:g} during the rollout"
             reason = f"{sum_key.arm} {sum_key.statistic} of the audience {change}: collector data lost"
             return _Sums({}, reason)
-    return _Sums(dict(newest), "")
+    return _Sums(newest, "")
+
+
+def _total(sums: dict[_Key, float]) -> float:
+    """Returns the sum of all finite values."""
+    return sum(value for value in sums.values() if math.isfinite(value))
 
 
 def _audience(arm: Arm, newest: dict[_Key, float]) -> Audience | str | None:

@@ -25,6 +25,10 @@ MAX_SHADOW_S: Final = 3600.0
 BUCKET: Final = f"{names.LATENCY}_bucket"
 WINDOWED_SERIES: Final = (names.REQUESTS, names.EMPTY_SLATES, BUCKET)
 CUMULATIVE_SERIES: Final = (names.EXPOSURE, names.STATISTIC, names.AUDIENCE, names.AUDIENCE_WEIGHT)
+_IDENTITY: Final = frozenset(
+    {"job", "instance", "release", "arm", "outcome", "le", "rollout", "slice", "statistic", "metric", "kind"}
+)
+"""Labels of the exporters and the two labels that name an exporter. Prometheus adds all others."""
 
 
 class SeriesKey(NamedTuple):
@@ -98,6 +102,14 @@ class ScrapeTarget:
     last_sample_at: float
     removed: bool
 
+    def joined_with(self, other: ScrapeTarget | None) -> ScrapeTarget:
+        """Returns this target and ``other`` of the same name as one: a pod that was replaced, or new labels."""
+        if other is None:
+            return self
+        newer = max(self, other, key=lambda target: target.last_sample_at)
+        first_sample_at = min(self.first_sample_at, other.first_sample_at)
+        return ScrapeTarget(self.name, first_sample_at, newer.last_sample_at, newer.removed)
+
 
 @dataclass(frozen=True, slots=True)
 class ScrapeJob:
@@ -135,7 +147,9 @@ def scrape_job(
             since = f"for {now - times[-1]:.0f} s" if times else f"in {now - recent[0].time:.0f} s"
             problem = f"{name} at {instance} has not answered {since}, allowed {max_age_s:.0f} s"
         if times:
-            instances[instance] = ScrapeTarget(instance, times[0], times[-1], removed)
+            target = ScrapeTarget(instance, times[0], times[-1], removed)
+            instances[instance] = target.joined_with(instances.get(instance))
+    problem = duplicate_series(name, read_result, since=now - window_s) or problem
     if not problem and not any(not i.removed for i in instances.values()):
         problem = f"no {name} answered in the last {min(window_s, max_age_s):.0f} s"
     if problem and read_result.problem:
@@ -143,10 +157,47 @@ def scrape_job(
     return ScrapeJob(name, instances, problem)
 
 
+def duplicate_series(job: str, read_result: SeriesReadResult, *, since: float) -> str:
+    """Returns which exporter of a job Prometheus has twice at the same time, so that sums would count it twice.
+
+    Two replicas of Prometheus without deduplication, or two scrape configurations, give an exporter two sets of
+    labels. A pod whose exporter has two addresses is noticed by its labels ``namespace`` and ``pod``. An exporter whose
+    labels changed, and an address that another pod took over, have one series after the other.
+    """
+    spans: dict[tuple[str, ...], list[tuple[float, float, SeriesKey]]] = {}
+    for key, samples in read_result.series.items():
+        times = [s.time for s in samples if s.time > since and not math.isnan(s.value)]
+        if not times or key.get("job") != job:
+            continue
+        labels = dict(key.labels)
+        identities = [(key.name, *(f"{k}={v}" for k, v in key.labels if k in _IDENTITY))]
+        if key.name == UP and labels.get("pod"):
+            identities.append(("pod", labels.get("namespace", ""), labels["pod"]))
+        for identity in identities:
+            for first, last, other in spans.setdefault(identity, []):
+                if first <= times[-1] and times[0] <= last:
+                    return _duplicate(job, key, other)
+            spans[identity].append((times[0], times[-1], key))
+    return ""
+
+
+def _duplicate(job: str, one: SeriesKey, other: SeriesKey) -> str:
+    differing = sorted({label for label, _ in set(one.labels) ^ set(other.labels)})
+    values = ", ".join(f"{label} {other.get(label)!r} and {one.get(label)!r}" for label in differing)
+    return (
+        f"{job} at {one.get('instance')} is in Prometheus twice ({values}); scrape it once, deduplicate the replicas "
+        "of Prometheus, or select one replica with the setting prometheus.labels"
+    )
+
+
 def samples_since(
     read_result: SeriesReadResult, job: ScrapeJob, *names: str, since: float
 ) -> Iterator[tuple[SeriesKey, ScrapeTarget, list[Sample]]]:
     """Returns the named series of a job's exporters, with their samples from ``since`` on."""
     for key, samples in read_result.series.items():
-        if key.name in names and (instance := job.instances.get(key.get("instance"))) is not None:
+        if (
+            key.name in names
+            and key.get("job") == job.name
+            and (instance := job.instances.get(key.get("instance"))) is not None
+        ):
             yield key, instance, [s for s in samples if s.time >= since]

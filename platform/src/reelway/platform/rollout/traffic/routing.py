@@ -36,6 +36,13 @@ class ShadowRoute(_Strict):
     weight_bp: BasisPoints
 
 
+class RollbackMark(_Strict):
+    """A rollback that was written to the traffic because it could not be recorded. Whoever can record it does so."""
+
+    reason: Annotated[str, Field(max_length=2_000)]
+    decided_at: float = Field(description="Unix seconds")
+
+
 class Routing(_Strict):
     """Arms with their weights, and the releases that routers keep open.
 
@@ -51,6 +58,10 @@ class Routing(_Strict):
         default=(), description="further releases that routers keep open, ready to take traffic"
     )
 
+    rollback: RollbackMark | None = Field(
+        default=None, description="set by a rollback that is not recorded yet; no viewer is on the canary"
+    )
+
     @model_validator(mode="after")
     def _consistent(self) -> Routing:
         kinds = [route.arm for route in self.arms]
@@ -60,6 +71,8 @@ class Routing(_Strict):
             )
         if (total := sum(route.weight_bp for route in self.arms)) != BUCKETS:
             raise ValueError(f"weights sum to {total} basis points, expected {BUCKETS}")
+        if self.rollback is not None and (points := self.weight_of(Arm.CANARY)):
+            raise ValueError(f"rollback is set and the canary has {points} basis points, expected 0")
         return self
 
     @classmethod

@@ -87,6 +87,7 @@ class ServeRestBackend:
         service: a run directory that `reelway serve` serves, or an address.
         timeout_s: timeout of a request to the dashboard, which normally responds within tens of milliseconds.
         before_write: called right before each write; a RolloutError prevents the write.
+        before_rollback: called instead of it before a rollback that is not recorded; by default ``before_write``.
     """
 
     def __init__(
@@ -95,9 +96,11 @@ class ServeRestBackend:
         *,
         timeout_s: float = 5.0,
         before_write: Callable[[], None] = lambda: None,
+        before_rollback: Callable[[], None] | None = None,
     ) -> None:
         self._service = service
         self._before_write = before_write
+        self._before_rollback = before_rollback or before_write
         self._http = httpx.Client(timeout=timeout_s, trust_env=False)
         self._lock = threading.Lock()
         self._cached_config: _CachedConfig | None = None
@@ -155,7 +158,9 @@ class ServeRestBackend:
             return self._cached_config.config if self._cached_config else None
 
     def _write(self, record: _ServingRecord, document: Mapping[str, Any]) -> None:
-        self._before_write()
+        routing = _configured_routing(document)
+        guard = self._before_rollback if routing and routing.rollback else self._before_write
+        guard()
         with self._lock:
             self._writes += 1
             self._cached_config = None  # unknown until Serve has accepted the config
@@ -168,21 +173,22 @@ class ServeRestBackend:
         self, record: _ServingRecord, applications: Mapping[str, Any], config: Mapping[str, Any]
     ) -> TrafficObservation:
         releases = release_names(config)
+        routing = _configured_routing(config)
         status = {name: str(applications[name]["status"]) for name in (*releases, ROUTER) if name in applications}
         failed = {name: _application_message(applications[name]) for name in releases if status.get(name) in _FAILED}
         given_up = frozenset(name for name in failed if status[name] == "DEPLOY_FAILED")
         if status.get(ROUTER) != "RUNNING":
             detail = f"the router is {_application_message(applications.get(ROUTER, {}))}"
-            return TrafficObservation(None, releases, frozenset(), failed, given_up, detail)
+            return TrafficObservation(None, releases, frozenset(), failed, given_up, detail, routing)
         try:
             current = self._current(record)
         except RolloutError as error:
-            return TrafficObservation(None, releases, frozenset(), failed, given_up, str(error))
+            return TrafficObservation(None, releases, frozenset(), failed, given_up, str(error), routing)
         faults = {name: f"the router cannot open it: {_short(fault)}" for name, fault in current.faults.items()}
         ready = frozenset(name for name in releases if status.get(name) == "RUNNING" and name in current.open)
         detail = _routing_difference(find_routing(config), current)
         cached = None if detail else current.routing
-        return TrafficObservation(cached, releases, ready, faults | failed, given_up, detail)
+        return TrafficObservation(cached, releases, ready, faults | failed, given_up, detail, routing)
 
     def _read_serving_record(self) -> _ServingRecord:
         if isinstance(self._service, ServeAddress):
@@ -224,6 +230,14 @@ class ServeRestBackend:
             hint = "; check that keys/ray.token is the service's token" if answer.status_code in (401, 403) else ""
             raise RolloutError(f"{method} {url} answered {answer.status_code}: {_short(answer.text)}{hint}")
         return answer
+
+
+def _configured_routing(config: Mapping[str, Any]) -> Routing | None:
+    """Returns the routing of a Serve config; None if it has no valid one."""
+    try:
+        return Routing.model_validate(find_routing(config))
+    except ValidationError:
+        return None
 
 
 def _routing_difference(user_config: Any, current: _RouterStatus) -> str:

@@ -7,12 +7,12 @@ idempotent, so a restarted controller can repeat it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.rollout.state import Phase, RolloutState
-from reelway.platform.rollout.traffic.routing import ArmRoute, Routing, ShadowRoute
+from reelway.platform.rollout.traffic.routing import ArmRoute, RollbackMark, Routing, ShadowRoute
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,8 @@ class TrafficObservation:
     failed_permanently: frozenset[str] = frozenset()
     """The releases of ``failed`` that the backend no longer tries to start."""
     detail: str = ""
+    configured: Routing | None = None
+    """The routing in the configuration, whether or not a router has applied it; None if it is unknown."""
 
     def weights(self, state: RolloutState) -> dict[Arm, int] | None:
         """Returns basis points by arm; None if the routing is unknown or belongs to another rollout.
@@ -68,6 +70,11 @@ class TrafficBackend(Protocol):
             RolloutError: if the target was not accepted; nothing was changed.
         """
         ...
+
+
+def marked(target: TrafficTarget, mark: RollbackMark) -> TrafficTarget:
+    """Returns the target of a rollback with the mark that it is not recorded."""
+    return replace(target, routing=target.routing.model_copy(update={"rollback": mark}))
 
 
 def traffic_target(state: RolloutState) -> TrafficTarget:
