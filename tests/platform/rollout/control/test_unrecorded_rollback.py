@@ -73,10 +73,11 @@ def test_step_does_not_overwrite_an_unrecorded_rollback(
             world.controller.react()
         world.store.before = nothing
 
-    fetch = world.source.fetch
+    fetch, to_fail = world.source.fetch, [] if decided else ["the first fetch"]
 
     def fetch_slowly(*arguments: Any) -> Any:
-        if not decided and world.traffic.routing.rollback is None:
+        if to_fail:
+            to_fail.clear()
             roll_back_unrecorded()
         return fetch(*arguments)
 
