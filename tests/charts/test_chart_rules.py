@@ -116,6 +116,7 @@ def healthy_live_parts() -> Series:
         'reelway_uploads_refused_total{release="aaaa", kind="unreadable"}', "reelway_stream_faults_total",
         'reelway_stream_parked_records_total{kind="unreadable"}', 'reelway_ingress_memory_faults_total{kind="read"}',
         "reelway_ingress_memory_lost_total", "reelway_ingress_parity_samples_lost_total",
+        "reelway_ingress_key_faults_total",
         "reelway_outcomes_memory_failures_total",
         "reelway_outcomes_memory_lost_total", "reelway_catalogue_faults_total", "reelway_uploads_faults_total",
         "reelway_uploads_unrepaired_total", "reelway_outcomes_dropped_arms_total",

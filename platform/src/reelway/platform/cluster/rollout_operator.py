@@ -164,9 +164,15 @@ class RolloutOperator:
             KubernetesError: if another replica is active or the alerts cannot be stored; deliver them again.
         """
         self._require_rollouts()
-        news = list(news)
-        changed = [controller.alerts.deliver(news) for controller in list(self._controllers.values())]
-        return any(changed)
+        news, changed, failure = list(news), False, None
+        for controller in list(self._controllers.values()):
+            try:
+                changed |= controller.alerts.deliver(news)
+            except ReelwayError as error:  # the others learn of the alerts nevertheless
+                failure = error
+        if failure is not None:
+            raise failure
+        return changed
 
     def _require_rollouts(self) -> None:
         if not (self._active and self._controllers_known):

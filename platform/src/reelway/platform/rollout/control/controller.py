@@ -190,10 +190,12 @@ class Controller:
         observation = self._observe()
         evidence = no_evidence(state.canary_release, now) if _is_final(state) else self._fetch(policy, state, now)
         failed = observation.failed.get(state.canary_release, "")
+        alerts_problem = self._polls.problem(policy.evidence_max_age_s)
+        self._report_failure("alerts", alerts_problem)
         evidence = replace(
             evidence,
             alerts=self._firing(state),
-            alerts_problem=self._polls.problem(policy.evidence_max_age_s),
+            alerts_problem=alerts_problem,
             weights=observation.weights(state),
             canary_ready=_ready(observation, state.canary_release),
             canary_failure=failed if state.canary_release in observation.failed_permanently else "",

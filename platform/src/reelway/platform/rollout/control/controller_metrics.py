@@ -40,8 +40,8 @@ class ControllerMetrics:
         )
         self.failures = counter(
             "reelway_rollout_failures_total",
-            "Failures by kind: observe, evidence, apply, poll, react, tick; of the operator also serve config, "
-            "admission, finalizers, rankers.",
+            "Failures by kind: observe, evidence, apply, poll, alerts (they may be missing), react, tick; of the "
+            "operator also serve config, admission, finalizers, rankers.",
             ["kind"], registry,
         )  # fmt: skip
         self.unrecorded_rollbacks = counter(
