@@ -5,7 +5,8 @@ the policy run on every reconcile, and every rollout runs to its end. Reconciles
 minutes and 20 minutes apart after that.
 
 The report has error rates with exact 95 % intervals, the number of viewers needed to detect a drop (compared with an
-oracle and with the rules of other tools), the effect of a telemetry outage, and random event histories.
+oracle and with the rules of other tools), error rates and power under attack (``canary_attacks``), the effect of a
+telemetry outage, and random event histories.
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm
 from tests.support.bench_results import Row, write_report
+from tests.support.rollout.canary_attacks import MODES, SHARES, attack_kinds
 from tests.support.rollout.canary_events import HistoryGenerator
 from tests.support.rollout.canary_peers import NEVER, ArgoRollouts, Flagger, Kayenta
-from tests.support.rollout.canary_population import LINEAR, N_X, TESTS, Population
+from tests.support.rollout.canary_population import N_X, TESTS, Population
 from tests.support.rollout.canary_simulation import (
     PAUSED,
     PROMOTED,
     ROLLED_BACK,
     RUNNING,
+    Attackers,
     Scenario,
     Simulation,
     clopper_pearson,
@@ -49,14 +52,20 @@ BATCH = 2_500
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scale", type=float, default=1.0, help="fraction of the full number of simulations")
-    scale = parser.parse_args(argv).scale
+    parser.add_argument("--only-attacks", action="store_true", help="report on attacks alone, as `canary-attacks`")
+    arguments = parser.parse_args(argv)
+    scale, only_attacks = arguments.scale, arguments.only_attacks
     began = time.perf_counter()
     policy = default_policy().model_copy(update={"longest_tick_s": 1200.0})
     same = Population(1)
+    if only_attacks:
+        write_report("canary-attacks", attacks(policy, same, max(20, int(400 * scale))))
+        return
     rows = [
         *false_rollbacks(policy, same, max(20, int(10_000 * scale))),
         *false_promotions(policy, same, max(60, int(10_000 * scale))),
         *detection(policy, same, max(100, int(2_000 * scale))),
+        *attacks(policy, same, max(20, int(400 * scale))),
         *outages(policy, same, max(40, int(1_000 * scale))),
         *histories(max(200, int(100_000 * scale))),
         Row("variance that pre-period data would remove (not implemented)", 100 * cuped_saving(same), "%"),
@@ -69,7 +78,7 @@ def false_rollbacks(policy: RolloutPolicy, same: Population, rollouts: int) -> l
     """Counts false rollbacks in A/A rollouts, in which both arms have the same release."""
     rows = []
     for name, per_minute in TRAFFIC.items():
-        outcome = _outcomes(policy, same, same, per_minute, rollouts)
+        outcome, suspected = _outcomes(policy, same, same, per_minute, rollouts)
         wrong = int((outcome == ROLLED_BACK).sum())
         low, high = clopper_pearson(wrong, rollouts)
         print_status(f"A/A {name}: {wrong} of {rollouts} rolled back, {(outcome == PROMOTED).mean():.1%} promoted")
@@ -78,6 +87,10 @@ def false_rollbacks(policy: RolloutPolicy, same: Population, rollouts: int) -> l
                         100 * wrong / rollouts, "%", bar, high <= 0.01))  # fmt: skip
         rows.append(Row(f"promotions, A/A, {name} traffic", 100 * float((outcome == PROMOTED).mean()), "%"))
         rows.append(Row(f"pauses for a user, A/A, {name} traffic", 100 * float((outcome == PAUSED).mean()), "%"))
+        held = float(suspected.mean())
+        rows.append(
+            Row(f"suspicions without an attacker, A/A, {name} traffic", 100 * held, "%", "at most 1", held <= 0.01)
+        )
     return rows
 
 
@@ -91,7 +104,7 @@ def false_promotions(policy: RolloutPolicy, same: Population, rollouts: int) -> 
         worse = Population(2, {metric.name: factor})
         promoted = rolled_back = 0
         for per_minute in TRAFFIC.values():
-            outcome = _outcomes(policy, same, worse, per_minute, each)
+            outcome, _ = _outcomes(policy, same, worse, per_minute, each)
             promoted += int((outcome == PROMOTED).sum())
             rolled_back += int((outcome == ROLLED_BACK).sum())
         played = each * len(TRAFFIC)
@@ -105,16 +118,61 @@ def false_promotions(policy: RolloutPolicy, same: Population, rollouts: int) -> 
 
 
 def _outcomes(
-    policy: RolloutPolicy, stable: Population, canary: Population, per_minute: float, rollouts: int
-) -> NDArray[np.int64]:
-    """Returns how rollouts end. Undecided rollouts reach the deadline and count as paused."""
+    policy: RolloutPolicy, stable: Population, canary: Population, per_minute: float, rollouts: int,
+    attackers: tuple[Attackers, ...] = (),
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:  # fmt: skip
+    """Returns how rollouts end, and which were held for a suspicion.
+
+    Undecided rollouts reach the deadline and count as paused.
+    """
     grid = reconcile_times(60, 5_400, 1_200, 26 * 3_600)
-    outcomes = []
+    outcomes, suspected = [], []
     for begin in range(0, rollouts, BATCH):
-        scenario = Scenario(policy, stable, canary, per_minute, grid)
+        scenario = Scenario(policy, stable, canary, per_minute, grid, attackers=attackers)
         rng = np.random.default_rng((begin, int(per_minute)))
-        outcomes.append(Simulation(scenario, min(BATCH, rollouts - begin), rng).run().outcome)
-    return np.where((joined := np.concatenate(outcomes)) == RUNNING, PAUSED, joined)
+        simulation = Simulation(scenario, min(BATCH, rollouts - begin), rng).run()
+        outcomes.append(simulation.outcome)
+        suspected.append(simulation.ever_suspected)
+    joined = np.concatenate(outcomes)
+    return np.where(joined == RUNNING, PAUSED, joined), np.concatenate(suspected)
+
+
+def attacks(policy: RolloutPolicy, same: Population, rollouts: int) -> list[Row]:
+    """Error rates and power while an attacker owns a share of the requests or accounts, for every kind of attack."""
+    worse = Population(3, {"long_watch_rate": 1 - DROP})
+    kinds, rows = attack_kinds(), []
+    for mode in MODES:
+        for share in SHARES:
+            equal: list[NDArray[np.int64]] = []
+            dropped: list[NDArray[np.int64]] = []
+            held: list[NDArray[np.bool_]] = []
+            for kind in kinds:
+                canary = worse if kind.hides_harm else same
+                attackers = kind.attackers(mode, share, TRAFFIC["medium"], same, canary)
+                outcome, suspected = _outcomes(policy, same, canary, TRAFFIC["medium"], rollouts, attackers)
+                (dropped if kind.hides_harm else equal).append(outcome)
+                held.append(suspected)
+                print_status(
+                    f"{mode.label}, {share:.0%}, {kind.label}: {(outcome == ROLLED_BACK).mean():.1%} rolled back, "
+                    f"{(outcome == PROMOTED).mean():.1%} promoted, {suspected.mean():.1%} suspected"
+                )
+            name = f"attacker with {share:.0%} of {mode.owns}"
+            wrong = sum(int((outcome == ROLLED_BACK).sum()) for outcome in equal)
+            promoted = sum(int((outcome == PROMOTED).sum()) for outcome in dropped)
+            for label, count, total in (
+                ("false rollbacks", wrong, rollouts * len(equal)),
+                (f"promotions of a {DROP:.0%} drop", promoted, rollouts * len(dropped)),
+            ):
+                low, high = clopper_pearson(count, total)
+                bar = f"at most 1 %; 95 % interval {low:.3%}..{high:.3%}"
+                rows.append(
+                    Row(f"{name}: {label}", 100 * count / total, "%", bar, low <= 0.01 and count <= 0.01 * total)
+                )
+            power = min(float((outcome == ROLLED_BACK).mean()) for outcome in dropped)
+            bar, holds = ("at least 70", power >= 0.7) if mode.authenticated else ("", None)
+            rows.append(Row(f"{name}: rollbacks of a {DROP:.0%} drop, hardest attack", 100 * power, "%", bar, holds))
+            rows.append(Row(f"{name}: rollouts with a suspicion", 100 * float(np.concatenate(held).mean()), "%"))
+    return rows
 
 
 @dataclass
@@ -132,7 +190,7 @@ class _MetricTrace:
         columns = (canary[2], canary[1], stable[2], stable[1])
         self.sums.append([column[:, LONG_WATCH].copy() for column in columns])
         self.z.append(np.stack([(bounds.harm - m)[:, LONG_WATCH] / bounds.error[:, LONG_WATCH] for m in (margin, 0.0)]))
-        self.viewers.append(simulation.canary.viewers[:, 0].astype(float))
+        self.viewers.append(simulation.canary.viewers.copy())
 
     def per_look(self) -> tuple[F64, F64, F64, F64]:
         """Returns the increments of the four cumulative sums, each of shape [rollouts, reconciles]."""
@@ -271,8 +329,7 @@ def histories(count: int) -> list[Row]:
 
 def cuped_saving(population: Population) -> float:
     """Returns the squared correlation of viewers' long-watch residuals in two sessions (CUPED)."""
-    x1, y1 = population.rows[:, 1], population.rows[:, 1 + N_X + LONG_WATCH]
-    x2, y2 = (population.rows[:, 1 + LINEAR + row] for row in (0, N_X + LONG_WATCH))
+    (x1, y1), (x2, y2) = ((done[:, 0], done[:, N_X + LONG_WATCH]) for done in population.sessions)
     now, past = (y - y.sum() / x.sum() * x for x, y in ((x1, y1), (x2, y2)))
     return float(np.corrcoef(now, past)[0, 1] ** 2)
 

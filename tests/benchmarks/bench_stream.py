@@ -80,7 +80,8 @@ def batch(rng: np.random.Generator, known: DatasetState, second: int) -> pa.Reco
         "shown_at": np.full(RATE, now_us - 9_000_000), "release": ["r"] * RATE, "arm": ["stable"] * RATE,
         "source": ["ann"] * RATE, "propensity": np.ones(RATE), "type": [str(OUTCOME_TYPES[k]) for k in kind],
         "value": np.where(kind == 0, rng.integers(0, 60_000, RATE), 1), "event_time": np.full(RATE, now_us),
-        "done_at": [None] * RATE, "rollout": [None] * RATE, "weight": [None] * RATE, "slices": [None] * RATE, **stamps,
+        "done_at": [None] * RATE, "rollout": [None] * RATE, "weight": [None] * RATE, "slices": [None] * RATE,
+        "authenticated": [None] * RATE, **stamps,
     }  # fmt: skip
     arrays = [
         pa.array(columns[f.name]).cast(pa.int64()).cast(f.type)

@@ -218,10 +218,7 @@ def _counted(live: LiveInstallation, arm: str = "") -> tuple[int, int]:
     for name, labels, value in _samples(live.metrics(_collector(live))):
         if arm and labels.get("arm") != arm:
             continue
-        if name == "reelway_outcomes_exposure_total" and (labels["statistic"], labels["slice"]) == (
-            "impressions",
-            "overall",
-        ):
+        if name == "reelway_outcomes_audience_total" and labels["statistic"] == "impressions":
             impressions += value
         if name == "reelway_outcomes_received_total" and labels["outcome"] == "counted":
             outcomes += value

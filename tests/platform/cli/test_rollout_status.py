@@ -211,7 +211,7 @@ def report_of(rate: float) -> EvidenceReport:
     one = outcome(-0.01, 0.0, 0.01).model_copy(update={"canary": rate, "stable": rate})
     return EvidenceReport(
         release="c" * 64, time=0.0, age_s=None, exposure={"viewers": 1, "impressions": 1}, outcomes=(one,),
-        guardrails=(), shadow_requests=0, weights=None, ready=True,
+        guardrails=(), suspicions=(), shadow_requests=0, weights=None, ready=True,
     )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ def batch() -> pa.RecordBatch:
         "propensity": rng.random(N), "type": [str(OUTCOME_TYPES[k]) for k in kind], "value": np.ones(N),
         "event_time": rng.integers(0, 2**40, N), "done_at": [None] * N,
         "creator_id": [7] * N, "topic": [3] * N, "duration_ms": [20_000] * N,
-        "rollout": ["r-1"] * N, "weight": [0.5] * N, "slices": [3] * N,
+        "rollout": ["r-1"] * N, "weight": [0.5] * N, "slices": [3] * N, "authenticated": rng.random(N) < 0.5,
     }  # fmt: skip
     arrays = [
         pa.array(columns[field.name]).cast(pa.int64()).cast(field.type)

@@ -38,7 +38,7 @@ def test_exposures_round_trip_through_a_local_topic(tmp_path: Path) -> None:
             "video_id": 100 + position, "position": position, "shown_at": 5, "request_time": 6, "release": "r",
             "arm": "stable", "rollout": "", "weight": 0.0, "slices": 0, "source": "ann", "score": 0.5,
             "propensity": 1.0, "creator_id": 9, "topic": None, "duration_ms": 8_000, "device": "phone",
-            "region": "emea", "language": None,
+            "region": "emea", "language": None, "authenticated": position == 0,
         }
         for request in (1, 2)
         for position in (0, 1)

@@ -361,13 +361,15 @@ def test_metrics_have_the_names_and_labels_of_the_rollout(followed: Followed, co
     assert {name for name, _ in samples} == {
         metric_names.EXPOSURE, metric_names.STATISTIC, metric_names.RECEIVED, metric_names.LOG_AGE,
         metric_names.UNREADABLE, metric_names.LATE_SLATES, metric_names.DROPPED_ARMS, metric_names.COLLECTOR_FAULTS,
+        metric_names.AUDIENCE, metric_names.AUDIENCE_WEIGHT, metric_names.BOUNDED_WATCHES,
+        metric_names.UNAUTHENTICATED_SLATES,
     }  # fmt: skip
     assert {label for _, labels in samples for label, _ in labels} <= ALLOWED_LABELS
     expected = recomputed(SHOWN, DONE)
     for (arm, part), metrics in expected.items():
         labels = {"rollout": "r-1", "release": RELEASES[arm][: metric_names.SHORT_RELEASE], "arm": arm, "slice": part}
         for metric, sums in metrics.items():
-            for statistic in ("viewers", "impressions", "sum_x", "sum_xx"):
+            for statistic in metric_names.EXPOSURE_STATISTICS:
                 key = tuple(sorted({**labels, "statistic": statistic}.items()))
                 assert samples[metric_names.EXPOSURE, key] == pytest.approx(getattr(sums, statistic))
             for statistic in ("sum_y", "sum_yy", "sum_xy"):
@@ -401,7 +403,7 @@ def test_counters_survive_a_restart(followed: Followed) -> None:
 def test_file_of_another_schema_version_is_rejected(followed: Followed, collector: OutcomeCollector) -> None:
     collector._store._db.execute("PRAGMA user_version = 1")
     collector.close()
-    with pytest.raises(StorageError, match=r"schema version 1, expected 2.*counted again from the event log"):
+    with pytest.raises(StorageError, match=r"schema version 1, expected 3.*counted again from the event log"):
         followed.collector()
 
 
@@ -409,7 +411,7 @@ def test_schema_is_that_of_its_version() -> None:
     """A file with other tables is rejected only if its version differs: with a new schema, raise the version."""
     statements = "\n".join(" ".join(statement.split()) for statement in outcome_store._FORMAT.schema)
     digest = hashlib.sha256(statements.encode()).hexdigest()[:16]
-    assert (outcome_store._FORMAT.version, digest) == (2, "3687653bc6d0b902")
+    assert (outcome_store._FORMAT.version, digest) == (3, "b3d6142c685ee49a")
 
 
 def test_one_core_counts_20000_impressions_per_second(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -440,8 +442,8 @@ def test_metrics_are_answered_without_a_redirect(tmp_path: Path, path: str) -> N
         answer = client.get(path, headers=INTERNAL, follow_redirects=False)
         from_outside = client.get(path, headers={"Reelway-Internal": "0" * 64}, follow_redirects=False)
     assert answer.status_code == 200
-    assert "reelway_outcomes_exposure_total" in answer.text
     assert (from_outside.status_code, from_outside.json()) == (404, {"error": "Not Found", "fields": []})
+    assert metric_names.EXPOSURE in answer.text
 
 
 def test_other_methods_get_the_documented_error(tmp_path: Path) -> None:

@@ -15,12 +15,14 @@ from tests.support.serving.raw_events import NOW, RELEASES, ShownImpression, sla
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.errors import StorageError
-from reelway.platform.eventlog import LogRecord
+from reelway.platform.eventlog import LogRecord, StoredRecord
+from reelway.platform.eventlog.arrow_records import encode_rows
 from reelway.platform.eventlog.exposure_events import EXPOSURE_EVENT_SCHEMA, decode_exposures
 from reelway.platform.eventlog.sqlite_log import SqliteLog
 from reelway.serving.outcomes import ArmKey, ExposureWriter, SlateExposure
 from reelway.serving.outcomes.exposure_writer import MAX_ROWS_PER_APPEND
 from reelway.serving.outcomes.exposures import exposure_rows
+from reelway.serving.outcomes.log_rows import read_exposure_rows
 from reelway.serving.stages.arrays import SOURCES
 
 
@@ -233,3 +235,15 @@ def test_shutdown_waits_for_one_failed_append_only(tmp_path: Path) -> None:
     writer.close()
     assert sorted(lost) == list(range(40)), "14 batches"
     assert len(attempts) <= 3
+
+
+def test_identity_survives_the_event_log() -> None:
+    """Records of an older writer lack the column; their viewers did not prove their identity."""
+    slates = [slate(1, videos=1), replace(slate(2, videos=1), authenticated=True)]
+    rows = exposure_rows([replace(one, arm=ArmKey("r-1", Arm.CANARY, "ab" * 32)) for one in slates])
+
+    def read(batch: pa.RecordBatch) -> list[bool]:
+        return read_exposure_rows(StoredRecord(0, 1, 0, encode_rows(batch))).authenticated.tolist()
+
+    assert read(rows) == [False, True]
+    assert read(rows.drop_columns(["authenticated"])) == [False, False]

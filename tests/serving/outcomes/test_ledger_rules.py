@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from tests.support.serving.raw_events import (
@@ -28,14 +29,15 @@ from reelway.platform.contracts.events import OUTCOME_HORIZON_S, STRING_DICTIONA
 from reelway.platform.eventlog import StoredRecord
 from reelway.platform.eventlog.arrow_records import encode_rows
 from reelway.platform.eventlog.outcome_events import OUTCOME_TYPES, decode_outcomes, encode_outcomes
-from reelway.platform.rollout.metric_names import RECEIVED_OUTCOMES
+from reelway.platform.rollout.metric_names import AUDIENCE_GROUPS, AUDIENCE_STATISTICS, RECEIVED_OUTCOMES
 from reelway.platform.rollout.policy import Slice
 from reelway.serving.outcomes.event_log_writer import logged_outcomes
 from reelway.serving.outcomes.exposures import ArmKey
-from reelway.serving.outcomes.ledger import EXPOSURE_HORIZON_S, MAX_LIVE_ARMS, Ledger
+from reelway.serving.outcomes.ledger import CLOCK_SKEW_S, EXPOSURE_HORIZON_S, MAX_LIVE_ARMS, Ledger
 from reelway.serving.outcomes.log_rows import OutcomeRows, read_outcome_rows
 from reelway.serving.outcomes.outcome_store import MAX_ARMS, OutcomeStore
 from reelway.serving.outcomes.reported import read_outcomes
+from reelway.serving.outcomes.viewer_sums import MAX_IMPRESSIONS
 
 SHOWN = ShownImpression(11, viewer=1, arm=Arm.CANARY, weight=0.5, slices=3)
 LIKE = RawOutcome(SHOWN, OutcomeType.LIKE)
@@ -47,13 +49,14 @@ class LedgerFixture:
 
     path: Path
     now: float = NOW
+    require_authenticated: bool = False
 
     def __post_init__(self) -> None:
         self.start()
 
     def start(self) -> None:
         self.store = OutcomeStore(self.path)
-        self.ledger = Ledger(self.store, keep_rollouts=2)
+        self.ledger = Ledger(self.store, keep_rollouts=2, require_authenticated=self.require_authenticated)
 
     def restart(self) -> None:
         self.store.close()
@@ -101,15 +104,122 @@ def test_outcome_is_late_by_its_arrival(bench: LedgerFixture) -> None:
 
 
 def test_outcome_is_late_by_its_event_time(bench: LedgerFixture) -> None:
-    def at(seconds: float) -> str:
+    def at(seconds: float, logged_at: float = NOW) -> str:
         time = datetime.fromtimestamp(NOW + seconds, UTC)
         columns, _ = read_outcomes([LIKE.reported.model_copy(update={"event_time": time})], SIGNER)
         (record,) = encode_outcomes(logged_outcomes([columns], int(NOW * 1e6)), 1, 1 << 20)
-        (statuses,) = bench.ledger.apply([], [read_outcome_rows(stored(record, NOW))], {})
+        (statuses,) = bench.ledger.apply([], [read_outcome_rows(stored(record, logged_at))], {})
         return RECEIVED_OUTCOMES[int(statuses[0])]
 
     assert at(OUTCOME_HORIZON_S + 1) == "late"
-    assert at(OUTCOME_HORIZON_S) == "counted"
+    assert at(OUTCOME_HORIZON_S, logged_at=NOW + OUTCOME_HORIZON_S) == "counted"
+    assert at(CLOCK_SKEW_S + 1) == "future"
+    assert at(-CLOCK_SKEW_S - 1) == "early"
+
+
+@pytest.mark.parametrize("seconds", [CLOCK_SKEW_S, 0, -CLOCK_SKEW_S])
+def test_clocks_may_differ_by_a_few_minutes(bench: LedgerFixture, seconds: int) -> None:
+    (rows,) = outcomes_of([LIKE])
+    (statuses,) = bench.ledger.apply([], [replace(rows, done_at=np.array([NOW + seconds]))], {})
+    assert [RECEIVED_OUTCOMES[int(status)] for status in statuses] == ["counted"]
+
+
+def test_impression_of_the_future_is_refused(bench: LedgerFixture) -> None:
+    assert bench.report(RawOutcome(replace(SHOWN, at=NOW + CLOCK_SKEW_S + 1), OutcomeType.LIKE)) == ["future"]
+
+
+SKIP = RawOutcome(SHOWN, OutcomeType.SKIP)
+COMPLETE = RawOutcome(SHOWN, OutcomeType.WATCH, 20_000.0)
+GLANCE = RawOutcome(SHOWN, OutcomeType.WATCH, 900.0)
+
+
+@pytest.mark.parametrize(
+    ("done", "statuses"),
+    [
+        ((SKIP, COMPLETE, GLANCE), ["counted", "contradicting", "duplicate"]),
+        ((COMPLETE, SKIP, SKIP), ["counted", "contradicting", "duplicate"]),
+        ((GLANCE, SKIP, COMPLETE), ["counted", "counted", "duplicate"]),
+        ((SKIP, GLANCE), ["counted", "counted"]),
+    ],
+)
+@pytest.mark.parametrize("together", [True, False])
+def test_skip_contradicts_a_long_watch(
+    bench: LedgerFixture, done: tuple[RawOutcome, ...], statuses: list[str], together: bool
+) -> None:
+    """The first one counts, in one batch or in several."""
+    bench.expose(SHOWN)
+    found = bench.report(*done) if together else [status for one in done for status in bench.report(one)]
+    assert found == statuses
+    assert_same(statistics(bench.ledger), recomputed([SHOWN], done))
+
+
+def test_watch_of_a_day_counts_twice_the_duration(bench: LedgerFixture) -> None:
+    unknown = replace(SHOWN, id=12, viewer=2, duration_ms=0)
+    bench.expose(SHOWN, unknown)
+    day_ms = 24 * 3_600_000.0
+    assert bench.report(*(RawOutcome(one, OutcomeType.WATCH, day_ms) for one in (SHOWN, unknown))) == ["counted"] * 2
+    watched = statistics(bench.ledger)[Arm.CANARY, Slice.OVERALL]["watch_s_per_impression"]
+    assert watched.sum_y == 0.5 * (2 * 20 + 60)
+    assert bench.ledger.snapshot.bounded_watches == 2
+
+
+def test_viewer_without_an_outcome_is_no_evidence(bench: LedgerFixture) -> None:
+    """It is counted as silent until its first outcome."""
+    bench.expose(SHOWN, replace(SHOWN, id=12, viewer=2))
+    bench.report(LIKE)
+    assert statistics(bench.ledger)[Arm.CANARY, Slice.OVERALL]["like_rate"].viewers == 1
+    assert audience(bench)[Arm.CANARY] == {"viewers": 2, "all": 1.0, "silent": 0.5, "saturated": 0}
+
+
+def test_viewer_with_the_same_outcome_on_everything_is_no_evidence(bench: LedgerFixture) -> None:
+    shown = [replace(SHOWN, id=20 + i, viewer=viewer) for viewer in (1, 2) for i in range(10 * viewer, 10 * viewer + 8)]
+    done = [RawOutcome(one, OutcomeType.WATCH, 20_000.0 if one.viewer == 1 or one.id % 2 else 0.0) for one in shown]
+    bench.expose(*shown)
+    bench.report(*done)
+    assert_same(statistics(bench.ledger), recomputed(shown, done))
+    assert statistics(bench.ledger)[Arm.CANARY, Slice.OVERALL]["long_watch_rate"].viewers == 1
+    assert audience(bench)[Arm.CANARY]["saturated"] == 0.5
+
+
+def test_viewer_that_watches_nothing_is_idle_evidence(bench: LedgerFixture) -> None:
+    shown = [replace(SHOWN, id=20 + i) for i in range(5)]
+    bench.expose(*shown)
+    bench.report(*(RawOutcome(one, OutcomeType.WATCH, 0.0) for one in shown))
+    counted = statistics(bench.ledger)[Arm.CANARY, Slice.OVERALL]["long_watch_rate"]
+    assert (counted.viewers, counted.idle_x, counted.idle_xx) == (1, 2.5, 2.5**2)
+
+
+def test_flood_of_one_viewer_counts_as_fifty_impressions(bench: LedgerFixture) -> None:
+    shown = [replace(SHOWN, id=1_000 + i) for i in range(2_000)]
+    bench.expose(*shown)
+    bench.report(*(RawOutcome(one, OutcomeType.WATCH, 20_000.0) for one in shown[::2]))
+    counted = statistics(bench.ledger)[Arm.CANARY, Slice.OVERALL]["long_watch_rate"]
+    assert (counted.viewers, counted.impressions) == (1, MAX_IMPRESSIONS)
+    assert (counted.sum_x, counted.sum_y) == (0.5 * MAX_IMPRESSIONS, 0.25 * MAX_IMPRESSIONS)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_viewer_that_changes_its_arm_arrives_once(bench: LedgerFixture, together: bool) -> None:
+    """A growing weight moves viewers from stable to the canary."""
+    before, after = replace(SHOWN, id=12, arm=Arm.STABLE, weight=0.25), replace(SHOWN, id=13, weight=0.75)
+    if together:
+        bench.expose(before, after)
+    else:
+        bench.expose(before)
+        bench.expose(after)
+    found = audience(bench)
+    assert (found[Arm.STABLE]["viewers"], found[Arm.CANARY]["viewers"]) == (1, 1)
+    assert (found[Arm.STABLE]["all"], found[Arm.CANARY]["all"]) == (0.25, 0)
+
+
+def audience(bench: LedgerFixture) -> dict[Arm, dict[str, float]]:
+    """The number of viewers and the weight of each group, by arm."""
+    found = {}
+    for arm, values in bench.ledger.snapshot.audience.items():
+        by_name = dict(zip(AUDIENCE_STATISTICS, values.tolist(), strict=True))
+        groups = {group: by_name[group, "sum_w"] for group in AUDIENCE_GROUPS}
+        found[arm.arm] = {"viewers": by_name["viewers"], **groups}
+    return found
 
 
 def test_outcome_without_a_rollout_is_outside(bench: LedgerFixture) -> None:
@@ -165,7 +275,7 @@ def test_new_arms_are_counted_after_a_thousand_rollouts(bench: LedgerFixture) ->
         bench.expose(replace(SHOWN, rollout=f"r-{number}", id=1_000 + number))
     arms = bench.ledger.snapshot.sums
     assert [arm.rollout for arm in arms] == [f"r-{MAX_ARMS + 8}", f"r-{MAX_ARMS + 9}"]
-    assert [float(sums[0, 1]) for sums in arms.values()] == [1.0, 1.0]
+    assert [float(seen[1]) for seen in bench.ledger.snapshot.audience.values()] == [1.0, 1.0]
     assert bench.rows("viewers") <= MAX_ARMS
     assert bench.ledger.snapshot.dropped_arms == 0
     bench.restart()
@@ -276,8 +386,8 @@ def test_arm_with_another_release_has_separate_sums(bench: LedgerFixture) -> Non
     promoted = ArmKey("r-1", Arm.CANARY, "ef" * 32)
     (rows,) = exposures_of([replace(SHOWN, id=12)])
     bench.ledger.apply([replace(rows, arms=(promoted,))], [], {})
-    sums = bench.ledger.snapshot.sums
-    assert sums[promoted][0, 0] == sums[SHOWN.exposed_arm][0, 0] == 1
+    seen = bench.ledger.snapshot.audience
+    assert seen[promoted][0] == seen[SHOWN.exposed_arm][0] == 1
 
 
 def test_outcome_may_arrive_before_its_impression(bench: LedgerFixture) -> None:
@@ -296,6 +406,7 @@ def test_outcome_may_arrive_before_its_impression(bench: LedgerFixture) -> None:
 def test_long_watch_is_defined_by_ratio_or_cap(
     bench: LedgerFixture, watched_ms: int, duration_ms: int, long: int
 ) -> None:
+    bench.expose(SHOWN)
     bench.report(RawOutcome(replace(SHOWN, duration_ms=duration_ms), OutcomeType.WATCH, watched_ms))
     overall = statistics(bench.ledger)[Arm.CANARY, Slice.OVERALL]
     assert overall["long_watch_rate"].sum_y == 0.5 * long
@@ -352,6 +463,23 @@ def test_failed_batch_counts_nothing(bench: LedgerFixture, monkeypatch: pytest.M
 def test_rows_of_one_viewer_in_a_batch_are_one_viewer(bench: LedgerFixture) -> None:
     many: Callable[[int], ShownImpression] = lambda i: replace(SHOWN, id=i, slices=i % 8)
     shown = [many(i) for i in range(16)]
+    done = [RawOutcome(one, OutcomeType.LIKE) for one in shown[:3]]
     bench.expose(*shown)
+    bench.report(*done)
     assert statistics(bench.ledger)[Arm.CANARY, Slice.OVERALL]["like_rate"].viewers == 1
-    assert_same(statistics(bench.ledger), recomputed(shown, []))
+    assert_same(statistics(bench.ledger), recomputed(shown, done))
+
+
+def test_required_identity_excludes_other_viewers(bench: LedgerFixture) -> None:
+    """Neither their slates nor their outcomes are evidence; both are counted."""
+    bench.require_authenticated = True
+    bench.restart()
+    proven = replace(SHOWN, id=12, viewer=2, authenticated=True)
+    bench.expose(SHOWN, proven)
+    (forged,) = outcomes_of([LIKE])
+    (honest,) = outcomes_of([RawOutcome(proven, OutcomeType.LIKE)])
+    honest = replace(honest, authenticated=np.array([True]))
+    statuses = bench.ledger.apply([], [forged, honest], {})
+    assert [RECEIVED_OUTCOMES[int(status[0])] for status in statuses] == ["unauthenticated", "counted"]
+    assert_same(statistics(bench.ledger), recomputed([proven], [RawOutcome(proven, OutcomeType.LIKE)]))
+    assert bench.ledger.snapshot.unauthenticated_slates == 1

@@ -146,6 +146,7 @@ def test_logged_outcomes_have_the_data_of_their_tokens(intake: Intake) -> None:
     assert watch["done_at"].isoformat() == "2027-01-15T08:00:00+00:00"
     assert (like["type"], like["arm"], like["done_at"], like["rollout"]) == ("like", "stable", None, "")
     assert like["duration_ms"] is None, "the token's code of an unknown duration"
+    assert (watch["authenticated"], like["authenticated"]) == (False, False)
 
 
 def test_answer_names_the_refused_outcomes(intake: Intake) -> None:
@@ -190,7 +191,7 @@ def test_viewer_reports_its_own_outcomes_alone(tmp_path: Path, count: int) -> No
     assert {one.message.split(":")[1] for one in response.refused} == {
         " issued to another viewer; report outcomes as the viewer that the slate was for"
     }
-    assert {row["viewer_id"] for row in logged(tmp_path / "outcomes.db")} == {7}
+    assert {(row["viewer_id"], row["authenticated"]) for row in logged(tmp_path / "outcomes.db")} == {(7, True)}
     assert registry.get_sample_value("reelway_outcomes_refused_total") == count
     assert registry.get_sample_value("reelway_ingress_denied_total", {"kind": "missing"}) == 1
 

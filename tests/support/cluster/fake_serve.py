@@ -12,7 +12,9 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from reelway.platform.contracts.events import Arm
 from reelway.platform.rollout import metric_names as names
+from reelway.platform.rollout.sequential import overlap_weight
 from reelway.platform.rollout.traffic.routing import Routing
 
 STABLE, GOOD, BAD = "a" * 64, "b" * 64, "c" * 64
@@ -40,6 +42,7 @@ class FakeServe:
         self.before_taking: Callable[[], None] = lambda: None
         self._lock = threading.Lock()
         self._viewers: dict[tuple[str, str, str], float] = {}
+        self._weights: dict[tuple[str, str, str], tuple[float, float]] = {}
         self._counted_at = time.monotonic()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
@@ -74,26 +77,44 @@ class FakeServe:
             key = (self.routing.rollout, arm.release[: names.SHORT_RELEASE], arm.arm.value)
             seen = (now - self._counted_at) * 1e5 * arm.weight_bp / 10_000
             self._viewers[key] = self._viewers.get(key, 0.0) + seen
+            shares = {one.arm: one.weight_bp for one in self.routing.arms}
+            weight = overlap_weight(shares.get(Arm.CANARY, 0), shares.get(Arm.STABLE, 0), canary=arm.arm is Arm.CANARY)
+            sum_w, sum_ww = self._weights.get(key, (0.0, 0.0))
+            self._weights[key] = (sum_w + seen * weight, sum_ww + seen * weight**2)
         self._counted_at = now
 
     def _outcomes(self) -> str:
         with self._lock:
             self._count()
-            counted = dict(self._viewers)
-        lines = []
+            counted, weights = dict(self._viewers), dict(self._weights)
+        lines, audience = [], [f"# TYPE {names.AUDIENCE} counter", f"# TYPE {names.AUDIENCE_WEIGHT} gauge"]
         for (rollout, release, arm), viewers in counted.items():
             labels = f'rollout="{rollout}",release="{release}",arm="{arm}",slice="overall"'
             mean = 2.0 if release == BAD[: names.SHORT_RELEASE] else 5.0
-            exposure = {"viewers": 1.0, "impressions": 10.0, "sum_x": 10.0, "sum_xx": 100.0}
+            exposure = {
+                "viewers": 1.0,
+                "impressions": 10.0,
+                "sum_x": 10.0,
+                "sum_xx": 100.0,
+                "idle_x": 0.0,
+                "idle_xx": 0.0,
+            }
             metric = {"sum_y": mean, "sum_yy": mean * mean + 2.5, "sum_xy": 10 * mean}
             lines += [f'{names.EXPOSURE}{{{labels},statistic="{k}"}} {v * viewers}' for k, v in exposure.items()]
             lines += [
                 f'{names.STATISTIC}{{{labels},metric="long_watch_rate",statistic="{k}"}} {v * viewers}'
                 for k, v in metric.items()
             ]
-        kinds = [f"# TYPE {name} counter" for name in (names.EXPOSURE, names.STATISTIC)]
+            arm_labels = labels.replace(',slice="overall"', "")
+            audience.insert(1, f'{names.AUDIENCE}{{{arm_labels},statistic="viewers"}} {viewers}')
+            for group in names.AUDIENCE_GROUPS:
+                for statistic, total in zip(names.WEIGHT_STATISTICS, weights[rollout, release, arm], strict=True):
+                    value = total if group == "all" else 0.0
+                    line = f'{names.AUDIENCE_WEIGHT}{{{arm_labels},kind="{group}",statistic="{statistic}"}} {value}'
+                    audience.append(line)
+        kinds = [f"# TYPE {name} gauge" for name in (names.EXPOSURE, names.STATISTIC)]
         return "\n".join([kinds[0], *(one for one in lines if one.startswith(names.EXPOSURE)), kinds[1],
-                          *(one for one in lines if one.startswith(names.STATISTIC))]) + "\n"  # fmt: skip
+                          *(one for one in lines if one.startswith(names.STATISTIC)), *audience]) + "\n"  # fmt: skip
 
     def _page(self, path: str) -> tuple[int, str]:
         if path == "/api/serve/applications/":

@@ -38,7 +38,7 @@ def exposure_rows(events: Sequence[ListEvent]) -> pa.Table:
         "arm": ["stable"] * n, "rollout": [""] * n, "weight": [1.0] * n, "slices": [0] * n, "source": ["ann"] * n,
         "score": [1.0] * n, "propensity": [1.0] * n,  "creator_id": [1] * n, "topic": [1] * n,
         "duration_ms": [e.duration_ms for e in events], "device": ["phone"] * n,
-        "region": [e.region for e in events], "language": [e.language for e in events],
+        "region": [e.region for e in events], "language": [e.language for e in events], "authenticated": [None] * n,
     }  # fmt: skip
     return _table(columns, EXPOSURE_EVENT_SCHEMA)
 
@@ -55,7 +55,7 @@ def outcome_rows(events: Sequence[ListEvent]) -> pa.Table:
         "propensity": [1.0] * n, "type": [e.kind for e in events], "value": [e.value for e in events],
         "event_time": [e.time_us for e in events], "done_at": [None] * n,
         "rollout": [None] * n, "weight": [None] * n, "slices": [None] * n, "creator_id": [1] * n, "topic": [1] * n,
-        "duration_ms": [e.duration_ms for e in events],
+        "duration_ms": [e.duration_ms for e in events], "authenticated": [None] * n,
     }  # fmt: skip
     return _table(columns, OUTCOME_EVENT_SCHEMA)
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 from tests.support.rollout.canary_population import Population
 from tests.support.rollout.canary_simulation import (
+    GROUPS,
     PROMOTED,
     ROLLED_BACK,
     RUNNING,
@@ -19,6 +20,7 @@ from tests.support.rollout.canary_simulation import (
     reconcile_times,
 )
 
+from reelway.platform.contracts.events import Arm
 from reelway.platform.rollout.decision import Action, advance, decide, start_state
 from reelway.platform.rollout.evidence import (
     ArmStatistics,
@@ -29,6 +31,7 @@ from reelway.platform.rollout.evidence import (
 )
 from reelway.platform.rollout.policy import RolloutPolicy
 from reelway.platform.rollout.state import Phase, RolloutState
+from reelway.platform.rollout.suspicion import Audience, GroupWeights
 
 _OK = EvidenceState.OK
 _HEALTHY = {
@@ -39,7 +42,7 @@ _HEALTHY = {
 
 def statistics_of(arm: ArmSums, rollout: int) -> list[ArmStatistics]:
     """Returns the statistics of one arm of one rollout, one entry per test of the policy."""
-    columns = [column[rollout] for column in arm.of_tests()]
+    columns = [column[rollout] for column in (*arm.of_tests(), *arm.idle_of_tests()[3:])]
     impressions = float(arm.impressions[rollout])
     return [
         ArmStatistics(float(v[0]), impressions, *(float(s) for s in v[1:])) for v in zip(*columns, strict=True)
@@ -51,7 +54,20 @@ def snapshot_of(simulation: Simulation, rollout: int, now: float) -> EvidenceSna
     tests = simulation.scenario.policy.tests
     stable, canary = (statistics_of(arm, rollout) for arm in (simulation.stable, simulation.canary))
     metrics = {(metric.name, part): MetricEvidence(_OK, stable[i], canary[i]) for i, (metric, part) in enumerate(tests)}
-    return EvidenceSnapshot(now, "c", metrics, _HEALTHY, canary_ready=True)  # type: ignore[arg-type]
+    audiences = {
+        arm: _audience_of(sums, rollout)
+        for arm, sums in ((Arm.STABLE, simulation.stable), (Arm.CANARY, simulation.canary))
+    }
+    return EvidenceSnapshot(now, "c", metrics, _HEALTHY, canary_ready=True, audiences=audiences)  # type: ignore[arg-type]
+
+
+def _audience_of(arm: ArmSums, rollout: int) -> Audience:
+    every = arm.audience()
+    groups = {
+        name: GroupWeights(*(float(sums[rollout]) for sums in getattr(every, name)))
+        for name in ("all", *GROUPS, "evidence", "idle")
+    }  # type: ignore[index]
+    return Audience(float(arm.arrived[rollout]), **groups)
 
 
 def begin(policy: RolloutPolicy, step: int, held_s: float, now: float) -> RolloutState:
@@ -90,12 +106,11 @@ def _outage(policy: RolloutPolicy, simulation: Simulation, rollout: int, now: fl
     """Plays five minutes of reconciles, 10 s apart, with no evidence, empty evidence or one stale snapshot."""
     state = begin(policy, int(simulation.step[rollout]), float(simulation.held_s[rollout]), now)
     before, old = state.weights, snapshot_of(simulation, rollout, now - policy.evidence_max_age_s - 1)
-    empty = EvidenceSnapshot(now, "c", {}, {}, canary_ready=True)
     stale_metrics = {key: MetricEvidence(_OK, metric.stable, metric.stable) for key, metric in old.metrics.items()}
     stale = replace(old, metrics=stale_metrics)
     promoted = rolled_back = moved = held = 0
     for tick in range(1, 31):
-        evidence = (None, EvidenceSnapshot(now + 10 * tick, "c", empty.metrics, empty.guardrails), stale)[rollout % 3]
+        evidence = (None, EvidenceSnapshot(now + 10 * tick, "c"), stale)[rollout % 3]
         decision = decide(policy, state, evidence, now + 10 * tick)
         state = advance(state, decision, policy, now + 10 * tick)
         promoted += decision.action in (Action.PROMOTE, Action.STEP)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from reelway.platform.contracts.events import Arm
@@ -24,12 +24,14 @@ class _Sums(Collector):
     def __init__(self) -> None:
         self.values: Values = {}
 
-    def collect(self) -> Iterator[CounterMetricFamily]:
-        for name in (names.EXPOSURE, names.STATISTIC):
+    def collect(self) -> Iterator[Metric]:
+        for name in (names.EXPOSURE, names.STATISTIC, names.AUDIENCE, names.AUDIENCE_WEIGHT):
             keys = [key for key in self.values if key.name == name]
             if keys:
                 labels = [label for label, _ in keys[0].labels]
-                family = CounterMetricFamily(name, "Sums.", labels=labels)
+                family = (CounterMetricFamily if name == names.AUDIENCE else GaugeMetricFamily)(
+                    name, "Sums.", labels=labels
+                )
                 for key in keys:
                     family.add_metric([value for _, value in key.labels], self.values[key])
                 yield family

@@ -58,15 +58,31 @@ def sums(arm: Arm, viewers: int, *, part: Slice = Slice.OVERALL, rate: float = 0
     release = (STABLE if arm is Arm.STABLE else CANARY)[: names.SHORT_RELEASE]
     labels = {"rollout": rollout, "release": release, "arm": arm.value, "slice": part.value}
     exposure = {"viewers": viewers, "impressions": sum(x), "sum_x": sum(x), "sum_xx": sum(v * v for v in x)}
+    exposure |= {"idle_x": 0, "idle_xx": 0}
     outcome = {
         "sum_y": sum(y),
         "sum_yy": sum(v * v for v in y),
         "sum_xy": sum(a * b for a, b in zip(x, y, strict=True)),
     }
     values = {SeriesKey.of(names.EXPOSURE, {**labels, "statistic": k}): float(v) for k, v in exposure.items()}
+    if part is Slice.OVERALL:
+        values |= audience(arm, viewers, rollout=rollout)
     for metric in names.OUTCOME_METRICS:
         for name, value in outcome.items():
             values[SeriesKey.of(names.STATISTIC, {**labels, "metric": metric, "statistic": name})] = value
+    return values
+
+
+def audience(arm: Arm, viewers: int, *, rollout: str = ROLLOUT, silent: int = 0, weight: float = 0.5) -> Values:
+    """The collector's counts of an arm's viewers; ``silent`` of them reported no outcome."""
+    release = (STABLE if arm is Arm.STABLE else CANARY)[: names.SHORT_RELEASE]
+    labels = {"rollout": rollout, "release": release, "arm": arm.value}
+    counts = {"viewers": viewers, "impressions": 2 * viewers, "outcomes": viewers - silent, "capped_impressions": 0}
+    values = {SeriesKey.of(names.AUDIENCE, {**labels, "statistic": k}): float(v) for k, v in counts.items()}
+    for group, members in {"all": viewers, "silent": silent, "saturated": 0}.items():
+        for statistic, each in (("sum_w", weight), ("sum_ww", weight**2)):
+            key = SeriesKey.of(names.AUDIENCE_WEIGHT, {**labels, "kind": group, "statistic": statistic})
+            values[key] = each * members
     return values
 
 

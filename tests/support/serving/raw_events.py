@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -45,6 +45,7 @@ class ShownImpression:
     rollout: str = "r-1"
     at: float = NOW
     release: str = ""  # by default the arm's
+    authenticated: bool = False
 
     @property
     def exposed_arm(self) -> ArmKey:
@@ -80,6 +81,7 @@ def slate_of(one: ShownImpression) -> SlateExposure:
         impression_id=np.array([one.id]), video_id=np.array([5]), slices=np.array([one.slices], np.int8),
         source=np.array([0]), score=np.zeros(1, np.float32), propensity=np.ones(1, np.float32),
         creator_id=np.array([7]), topic=np.array([3], np.int32), duration_ms=np.array([one.duration_ms], np.int32),
+        authenticated=one.authenticated,
     )  # fmt: skip
 
 
@@ -130,39 +132,84 @@ def statistics(ledger: Ledger) -> Statistics:
     }
 
 
+@dataclass
+class _Viewer:
+    """Everything that one viewer of one arm did, added up event by event."""
+
+    impressions: dict[Slice, int] = field(default_factory=lambda: defaultdict(int))
+    x: dict[Slice, float] = field(default_factory=lambda: defaultdict(float))
+    y: dict[tuple[Slice, str], float] = field(default_factory=lambda: defaultdict(float))
+    outcomes: int = 0
+
+    @property
+    def is_evidence(self) -> bool:
+        """Whether the viewer reported an outcome of an impression, and not the same on nearly all of them."""
+        shown, x = self.impressions[Slice.OVERALL], self.x[Slice.OVERALL]
+        if not shown or not self.outcomes:
+            return False
+        limits = {metric: 0.5 for metric in OUTCOME_METRICS if metric not in ("watch_s_per_impression", "skip_rate")}
+        limits["long_watch_rate"] = 0.9
+        return shown < 5 or not any(self.y[Slice.OVERALL, m] > limit * x for m, limit in limits.items())
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the viewer liked and watched nothing, of at least five impressions."""
+        pleased = ("long_watch_rate", "like_rate", "share_rate", "save_rate", "follow_rate")
+        overall = Slice.OVERALL
+        return self.impressions[overall] >= 5 and self.x[overall] > 0 and not any(self.y[overall, m] for m in pleased)
+
+    def totals(self, part: Slice, metric: str) -> tuple[float, float, float]:
+        """Impressions, x and y, as far as they count."""
+        factor = min(1.0, 50 / self.impressions[Slice.OVERALL])
+        largest = 60.0 if metric == "watch_s_per_impression" else 1.0
+        x = self.x[part] * factor
+        return self.impressions[part] * factor, x, min(self.y[part, metric] * factor, largest * x)
+
+
 def recomputed(shown: Iterable[ShownImpression], done: Iterable[RawOutcome], rollout: str = "r-1") -> Statistics:
     """The expected statistics: each impression once, the first outcome of each type per impression."""
-    x: dict[tuple[Arm, Slice], dict[int, float]] = defaultdict(lambda: defaultdict(float))
-    y: dict[tuple[Arm, Slice], dict[tuple[int, str], float]] = defaultdict(lambda: defaultdict(float))
-    impressions: dict[tuple[Arm, Slice], int] = defaultdict(int)
+    viewers: dict[Arm, dict[int, _Viewer]] = defaultdict(lambda: defaultdict(_Viewer))
     for one in shown:
+        if one.rollout == rollout:
+            for part in _parts(one):
+                viewers[one.arm][one.viewer].impressions[part] += 1
+                viewers[one.arm][one.viewer].x[part] += one.weight
+    for outcome in counted_outcomes(done):
+        one = outcome.shown
+        viewer = viewers[one.arm][one.viewer]
+        viewer.outcomes += 1
         for part in _parts(one):
-            impressions[one.arm, part] += one.rollout == rollout
-            x[one.arm, part][one.viewer] += one.weight * (one.rollout == rollout)
+            for metric, amount in _amounts(outcome):
+                viewer.y[part, metric] += one.weight * amount
+    statistics: Statistics = defaultdict(dict)
+    for arm, by_id in viewers.items():
+        for part in (Slice.OVERALL, *SLICE_BITS):
+            counted = [viewer for viewer in by_id.values() if viewer.is_evidence and viewer.impressions[part]]
+            for metric in OUTCOME_METRICS:
+                n, x, y = np.array([viewer.totals(part, metric) for viewer in counted]).reshape(-1, 3).T
+                idle = x * np.array([viewer.is_idle for viewer in counted], bool)
+                statistics[arm, part][metric] = ArmStatistics(
+                    len(counted), n.sum(), x.sum(), y.sum(), (x * x).sum(), (y * y).sum(), (x * y).sum(),
+                    idle.sum(), (idle * x).sum(),
+                )  # fmt: skip
+    return dict(statistics)
+
+
+def counted_outcomes(done: Iterable[RawOutcome]) -> list[RawOutcome]:
+    """The first outcome of each type per impression, in the order given; of a skip and a long watch the first."""
     first: dict[tuple[int, OutcomeType], RawOutcome] = {}
     for outcome in done:
         first.setdefault((outcome.shown.id, outcome.type), outcome)
+    counted = list[RawOutcome]()
+    opposites: dict[int, OutcomeType] = {}
     for outcome in first.values():
-        one = outcome.shown
-        for part in _parts(one):
-            x[one.arm, part][one.viewer] += 0.0
-            for metric, amount in _amounts(outcome):
-                y[one.arm, part][one.viewer, metric] += one.weight * amount
-    return {
-        key: {
-            metric: ArmStatistics(
-                viewers=len(viewers),
-                impressions=impressions[key],
-                sum_x=sum(viewers.values()),
-                sum_y=sum(y[key][v, metric] for v in viewers),
-                sum_xx=sum(value**2 for value in viewers.values()),
-                sum_yy=sum(y[key][v, metric] ** 2 for v in viewers),
-                sum_xy=sum(value * y[key][v, metric] for v, value in viewers.items()),
-            )
-            for metric in OUTCOME_METRICS
-        }
-        for key, viewers in x.items()
-    }
+        long = outcome.type is OutcomeType.WATCH and _is_long(outcome)
+        if (long or outcome.type is OutcomeType.SKIP) and (
+            opposites.setdefault(outcome.shown.id, outcome.type) is not outcome.type
+        ):
+            continue
+        counted.append(outcome)
+    return counted
 
 
 def _parts(one: ShownImpression) -> list[Slice]:
@@ -172,8 +219,13 @@ def _parts(one: ShownImpression) -> list[Slice]:
 def _amounts(outcome: RawOutcome) -> list[tuple[str, float]]:
     if outcome.type is not OutcomeType.WATCH:
         return [(f"{outcome.type}_rate", 1.0)]
-    long = outcome.value >= min(LONG_WATCH_RATIO * outcome.shown.duration_ms, LONG_WATCH_CAP_MS)
-    return [("watch_s_per_impression", outcome.value / 1000), ("long_watch_rate", float(long))]
+    counted_ms = min(outcome.value, 2 * outcome.shown.duration_ms or 60_000)
+    return [("watch_s_per_impression", counted_ms / 1000), ("long_watch_rate", float(_is_long(outcome)))]
+
+
+def _is_long(outcome: RawOutcome) -> bool:
+    ratio_ms = LONG_WATCH_RATIO * outcome.shown.duration_ms or LONG_WATCH_CAP_MS
+    return outcome.value >= min(ratio_ms, LONG_WATCH_CAP_MS)
 
 
 def assert_same(actual: Statistics, expected: Statistics) -> None:
@@ -184,5 +236,5 @@ def assert_same(actual: Statistics, expected: Statistics) -> None:
             other = expected.get(key, {}).get(metric, ArmStatistics())
             for name in ArmStatistics.__dataclass_fields__:
                 value = getattr(other, name)
-                assert getattr(one, name) == pytest.approx(value, rel=1e-9, abs=1e-12), (key, metric, name)
+                assert getattr(one, name) == pytest.approx(value, rel=1e-9, abs=1e-9), (key, metric, name)
             assert one.is_consistent, (key, metric, one)

@@ -7,7 +7,7 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.rollout.series_fixtures import CANARY, POLICY, SeriesFixture, sums
+from tests.support.rollout.series_fixtures import CANARY, POLICY, SeriesFixture, audience, sums
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.rollout import metric_names as names
@@ -143,10 +143,11 @@ def test_unknown_metric_detail_lists_known_metrics() -> None:
 
 
 @settings(deadline=None)
-@given(st.sampled_from(["viewers", "sum_x", "sum_yy"]), st.floats(0, 0.999_999), st.sampled_from([*Arm][:2]))
-def test_decreased_sums_are_telemetry_down(statistic: str, kept: float, arm: Arm) -> None:
+@given(st.sampled_from(names.AUDIENCE_COUNTS[:3]), st.floats(0, 0.999_999), st.sampled_from([*Arm][:2]))
+def test_decreased_counts_are_telemetry_down(statistic: str, kept: float, arm: Arm) -> None:
     complete = sums_of_both_arms(100, 400)
-    key = next(k for part in complete for k in part if k.get("statistic") == statistic and k.get("arm") == arm)
+    wanted = (names.AUDIENCE, statistic, arm)
+    key = next(k for part in complete for k in part if (k.name, k.get("statistic"), k.get("arm")) == wanted)
     less = [{k: v * kept if k == key else v for k, v in part.items()} for part in complete]
     fell, grew = SeriesFixture(), SeriesFixture()
     fell.collector(-500, *complete)
@@ -156,6 +157,34 @@ def test_decreased_sums_are_telemetry_down(statistic: str, kept: float, arm: Arm
     grew.collector(-500, *less)
     grew.collector(10, *complete)
     assert metrics_of(grew)[METRIC].state is OK
+
+
+def test_sums_may_decrease() -> None:
+    """A viewer stops being evidence when it does the same on every impression."""
+    series = SeriesFixture()
+    series.collector(5, *sums_of_both_arms(100, 400))
+    fewer = sums_of_both_arms(99, 400)
+    counts = audience(Arm.CANARY, 100)
+    series.collector(10, *({**part, **{k: v for k, v in counts.items() if k in part}} for part in fewer))
+    assert (metrics_of(series)[METRIC].state, metrics_of(series)[METRIC].canary.viewers) == (OK, 99)
+
+
+def test_audience_is_read_with_the_sums() -> None:
+    series = SeriesFixture()
+    silent = {**sums(Arm.CANARY, 100), **audience(Arm.CANARY, 120, silent=20, weight=0.75)}
+    series.collector(10, silent, sums(Arm.STABLE, 400))
+    found = series.snapshot(10).audiences
+    assert (found[Arm.CANARY].viewers, found[Arm.STABLE].viewers) == (120, 400)
+    assert (found[Arm.CANARY].all, found[Arm.CANARY].silent) == ((90, 67.5), (15, 11.25))
+
+
+@pytest.mark.parametrize("name", [names.AUDIENCE, names.AUDIENCE_WEIGHT])
+def test_absent_audience_is_telemetry_down(name: str) -> None:
+    """Forged viewers would go unnoticed without it."""
+    parts = [{k: v for k, v in part.items() if k.name != name} for part in sums_of_both_arms(100, 400)]
+    metrics = only(*parts)
+    assert {e.state for e in metrics.values()} == {DOWN}
+    assert "stable's audience has no" in metrics[METRIC].detail
 
 
 def test_vanished_sums_are_telemetry_down() -> None:

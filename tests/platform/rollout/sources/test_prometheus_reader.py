@@ -89,7 +89,9 @@ def test_collector_data_loss_is_detected_by_the_maximum(watched: ObservedRollout
     watched.seen_when(lambda s: s.time > time_of_the_fall + 1.5)  # outside of the window of one second
     with closing(PrometheusReader(watched.monitoring.prometheus.url)) as reader:
         heard = reader.read(Scope.of(watched.state, window_s=1.0), time.time())
-    viewers = [rows for key, rows in heard.series.items() if key.get("statistic") == "viewers"]
+    viewers = [
+        rows for key, rows in heard.series.items() if key.name == names.AUDIENCE and key.get("statistic") == "viewers"
+    ]
     assert {rows[0].value for rows in viewers} == {100, 400}
     assert {rows[-1].value for rows in viewers} == {60, 200}
 

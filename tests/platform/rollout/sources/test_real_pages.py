@@ -70,7 +70,7 @@ def test_evidence_matches_the_counts_of_router_and_collector(tmp_path: Path) -> 
         for topic, record in (
             (Topic.EXPOSURES, exposure_record(shown)), (Topic.OUTCOMES, outcome_record(outcomes))
         ):  # fmt: skip
-            with closing(open_topic(tmp_path / "events", topic)) as log:
+            with closing(open_topic(tmp_path / "events", topic, lambda: NOW)) as log:
                 log.append([record])
         while collector.advance() or collector.advance():
             pass

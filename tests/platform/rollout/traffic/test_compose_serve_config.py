@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.errors import ConfigError
+from reelway.platform.rollout.traffic.access_options import AccessOptions, JwtOptions
 from reelway.platform.rollout.traffic.routing import ArmRoute, Routing
 from reelway.platform.rollout.traffic.serve_config import (
     compose_serve_config,
@@ -164,7 +165,8 @@ def test_without_an_event_log_the_outcomes_application_keeps_it() -> None:
     entries = by_name(compose(outcomes=Path("/state/outcomes.db"), events=None))
     assert (entries["router"]["args"]["events"], entries["router"]["args"]["log_keeper"]) == (None, "outcomes")
     assert entries["outcomes"]["args"] == {
-        "token_secrets": "/keys/token.secret", "state": "/state/outcomes.db", "events": "/state/events"
+        "token_secrets": "/keys/token.secret", "state": "/state/outcomes.db", "events": "/state/events",
+        "require_authenticated": False,
     }  # fmt: skip
 
 
@@ -204,3 +206,11 @@ def test_outcomes_have_exactly_one_replica() -> None:
 def test_wrong_options_are_rejected_by_their_path(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ServingOptions.parse(text, source="ConfigMap c")
+
+
+def test_only_proven_viewers_are_evidence_where_identity_is_demanded() -> None:
+    jwt = {"audience": "reelway", "jwks_url": "https://id.test/keys"}
+    entries = by_name(compose(access={"mode": "jwt", "jwt": jwt}))
+    assert OutcomesArgs(**entries["outcomes"]["args"]).require_authenticated
+    access = RouterArgs(**entries["router"]["args"]).access
+    assert access == AccessOptions(mode="jwt", jwt=JwtOptions(audience="reelway", jwks_url="https://id.test/keys"))

@@ -38,6 +38,9 @@ EXPOSURE_EVENT_SCHEMA: Final = pa.schema(
         pa.field("device", STRING_DICTIONARY_TYPE, nullable=False),
         pa.field("region", STRING_DICTIONARY_TYPE),
         pa.field("language", STRING_DICTIONARY_TYPE),
+        pa.field(
+            "authenticated", pa.bool_()
+        ),  # whether the viewer proved its identity; null in older records: it did not
     ]
 )
 

@@ -48,6 +48,9 @@ OUTCOME_EVENT_SCHEMA: Final = pa.schema(
         pa.field("rollout", STRING_DICTIONARY_TYPE),  # empty outside of a rollout
         pa.field("weight", pa.float32()),  # sequential.overlap_weight of the arms when the video was shown
         pa.field("slices", pa.int8()),  # sum of tokens.SLICE_BITS
+        pa.field(
+            "authenticated", pa.bool_()
+        ),  # whether the viewer proved its identity; null in older records: it did not
     ]
 )
 

@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
+from reelway.platform.contracts.events import Arm
 from reelway.platform.rollout.evidence import (
     EvidenceSnapshot,
     EvidenceState,
@@ -28,7 +30,17 @@ from reelway.platform.rollout.sequential import (
     rejection_boundary,
     relative_difference,
 )
+from reelway.platform.rollout.suspicion import (
+    TAINTS_HARM,
+    Comparison,
+    SuspicionName,
+    compare_audiences,
+    explained_harm,
+    group_share,
+    share_difference,
+)
 
+F64 = NDArray[np.float64]
 Finding = Literal["harm_established", "harm_excluded", "undecided", "insufficient", "telemetry_down"]
 
 
@@ -55,6 +67,13 @@ class OutcomeVerdict:
     required: bool
     lower_is_better: bool
     detail: str = ""
+    explained: float = 0.0
+    """Harm that idle viewers explain, who may be forged (``suspicion.explained_harm``)."""
+
+    @property
+    def is_proven_harm(self) -> bool:
+        """Whether harm beyond the margin is established without the part that idle viewers explain."""
+        return self.finding == "harm_established" and self.harm_low - self.explained > self.margin
 
     @property
     def state(self) -> EvidenceState:
@@ -97,6 +116,19 @@ class GuardrailVerdict:
 
 
 @dataclass(frozen=True, slots=True)
+class SuspicionVerdict:
+    """One comparison of the arms' audiences. ``suspected``: viewers or outcomes may be forged."""
+
+    name: SuspicionName
+    suspected: bool
+    stable: float
+    canary: float
+    low: float
+    high: float
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True)
 class Assessment:
     """All verdicts at one moment."""
 
@@ -104,6 +136,7 @@ class Assessment:
     guardrails: tuple[GuardrailVerdict, ...]
     canary_viewers: int
     canary_impressions: int
+    suspicions: tuple[SuspicionVerdict, ...] = ()
 
     @property
     def breaches(self) -> tuple[GuardrailVerdict, ...]:
@@ -112,6 +145,17 @@ class Assessment:
     @property
     def harms(self) -> tuple[OutcomeVerdict, ...]:
         return tuple(o for o in self.outcomes if o.finding == "harm_established")
+
+    @property
+    def suspected(self) -> tuple[SuspicionVerdict, ...]:
+        return tuple(one for one in self.suspicions if one.suspected)
+
+    @property
+    def proven_harms(self) -> tuple[OutcomeVerdict, ...]:
+        """Established harms that forged viewers do not explain: those that roll back."""
+        if any(one.name in TAINTS_HARM for one in self.suspected):
+            return ()
+        return tuple(o for o in self.outcomes if o.is_proven_harm)
 
     @property
     def without_telemetry(self) -> tuple[OutcomeVerdict | GuardrailVerdict, ...]:
@@ -139,6 +183,7 @@ def assess(policy: RolloutPolicy, snapshot: EvidenceSnapshot) -> Assessment:
         _assess_guardrails(policy, snapshot),
         int(exposure.viewers) if exposure else 0,
         int(exposure.impressions) if exposure else 0,
+        tuple(_suspicion_verdict(one) for one in _compare_audiences(policy, snapshot)),
     )
 
 
@@ -146,6 +191,36 @@ def harm_of(canary: Estimate, stable: Estimate, lower_is_better: ArrayLike) -> E
     """Returns the relative harm; positive is worse for viewers for every metric. Broadcasts."""
     difference = relative_difference(canary, stable)
     return Estimate(np.where(lower_is_better, 1.0, -1.0) * difference.value, difference.variance, difference.viewers)
+
+
+def _compare_audiences(policy: RolloutPolicy, snapshot: EvidenceSnapshot) -> tuple[Comparison, ...]:
+    """Returns no comparison if the policy disables it, or an arm has no audience."""
+    stable, canary = (snapshot.audiences.get(arm) for arm in (Arm.STABLE, Arm.CANARY))
+    if policy.suspicion is None or stable is None or canary is None:
+        return ()
+    return compare_audiences(stable, canary, alpha=policy.suspicion.alpha, margin=policy.suspicion.margin)
+
+
+_SUSPICION_TEXT: Final[dict[SuspicionName, str]] = {
+    "new_viewers": "the canary's number of new viewers is not the one that its traffic weight explains",
+    "silent_viewers": "the shares of viewers that reported no outcome differ",
+    "saturated_viewers": "the shares of viewers with the same outcome on nearly every impression differ",
+    "idle_viewers": "the shares of impressions of viewers that report outcomes but watch nothing differ",
+}
+
+
+def _suspicion_verdict(one: Comparison) -> SuspicionVerdict:
+    stable, canary, low, high = (float(value) for value in (one.stable, one.canary, one.low, one.high))
+    if one.name == "new_viewers":
+        numbers = f"canary {canary / stable - 1.0:+.1%} against stable" if stable > 0 else "no viewers on stable"
+        ends = f"{low:+.1%}..{high:+.1%}"
+    else:
+        numbers = f"canary {canary:.1%}, stable {stable:.1%}"
+        ends = f"{100 * low:+.1f}..{100 * high:+.1f} percentage points"
+    finding = "suspected forgery" if bool(one.suspected) else "not suspicious"
+    text = f": {_SUSPICION_TEXT[one.name]}" if bool(one.suspected) else ""
+    sentence = f"{one.name.replace('_', ' ')}: {finding}{text} ({numbers}, at any time within {ends})"
+    return SuspicionVerdict(one.name, bool(one.suspected), stable, canary, low, high, sentence)
 
 
 def _assess_outcomes(policy: RolloutPolicy, snapshot: EvidenceSnapshot) -> tuple[OutcomeVerdict, ...]:
@@ -161,6 +236,7 @@ def _assess_outcomes(policy: RolloutPolicy, snapshot: EvidenceSnapshot) -> tuple
     margin = np.array([metric.margin_on(slice_) for metric, slice_ in tests])
     low = harm.value - rejection_boundary(harm.variance, scale, np.array(policy.rollback_alphas)) * error
     high = harm.value + rejection_boundary(harm.variance, margin, policy.alpha.promotion) * error
+    explained = np.zeros(len(tests)) if policy.suspicion is None else _explained(evidence, stable.value, lower)
     return tuple(
         OutcomeVerdict(
             name=metric.name,
@@ -178,10 +254,21 @@ def _assess_outcomes(policy: RolloutPolicy, snapshot: EvidenceSnapshot) -> tuple
             canary_viewers=int(evidence[i].canary.viewers),
             required=slice_ is Slice.OVERALL and metric.promotion_requires == "excluded",
             lower_is_better=bool(lower[i]),
+            explained=float(explained[i]),
             detail=evidence[i].detail or "no estimate: an arm has no variation or stable's value is not positive",
         )
         for i, (metric, slice_) in enumerate(tests)
     )
+
+
+def _explained(evidence: Sequence[MetricEvidence], stable_value: F64, lower: NDArray[np.bool_]) -> F64:
+    """Returns the harm of each test that idle viewers explain."""
+    names = ("viewers", "sum_x", "sum_xx", "idle_x", "idle_xx")
+    stable, canary = (
+        group_share(*np.array([[getattr(getattr(e, arm), name) for name in names] for e in evidence]).T)
+        for arm in ("stable", "canary")
+    )
+    return explained_harm(share_difference(stable, canary), stable_value, lower)
 
 
 def _with_burn_in(metric: OutcomeMetric, evidence: MetricEvidence | None) -> MetricEvidence:

@@ -3,8 +3,8 @@
 Pure functions: the same policy, state, evidence and clock give the same decision. ``_RULES`` lists the rules in order
 of precedence; the first one that applies decides.
 
-Apart from a forced ``promote`` command, only evidence promotes a release. Missing, stale, out-of-order or insufficient
-evidence holds the rollout. A hold ends in a pause or a rollback, never in a promotion.
+Apart from a forced ``promote`` command, only evidence promotes a release. Missing, stale, out-of-order, insufficient or
+suspicious evidence holds the rollout. A hold ends in a pause or a rollback, never in a promotion.
 """
 
 from __future__ import annotations
@@ -136,12 +136,13 @@ def _guardrail(context: _RuleContext) -> Decision | None:
 def _harm(context: _RuleContext) -> Decision | None:
     """Rolls back also while paused: a pause stops the ramp, not the protection.
 
-    After a promotion there is no stable arm to compare with.
+    Harm that forged viewers explain holds the rollout instead (``_suspicion``). After a promotion there is no stable
+    arm to compare with.
     """
     if (
         context.state.phase not in RAMPING_PHASES
         or not _is_about_canary(context)
-        or not (harms := context.verdicts.harms)
+        or not (harms := context.verdicts.proven_harms)
     ):
         return None
     return Decision(Action.ROLL_BACK, "; ".join(harm.sentence for harm in harms))
@@ -233,6 +234,8 @@ def _ramp(context: _RuleContext) -> Decision | None:
     state, deadlines = context.state, context.policy.deadlines
     if unseen := _missing_telemetry(context):
         return _deadline(context, deadlines.telemetry_down, state.held_telemetry_s, unseen, holds="telemetry_down")
+    if suspicion := _suspicion(context):
+        return _deadline(context, deadlines.insufficient, state.held_insufficient_s, suspicion, holds="insufficient")
     if not (missing := _missing_requirement(context, this_step=True)):
         if state.step + 1 < len(context.policy.steps):
             return _step_to(context, state.step + 1, _justification(context))
@@ -253,6 +256,17 @@ def _missing_telemetry(context: _RuleContext) -> str:
     return ""
 
 
+def _suspicion(context: _RuleContext) -> str:
+    """Returns why the viewers are not trusted; empty if nothing is suspected."""
+    verdicts = context.verdicts
+    if suspected := verdicts.suspected:
+        return "suspicion: " + "; ".join(one.sentence for one in suspected)
+    if verdicts.harms and not verdicts.proven_harms:
+        harm = verdicts.harms[0]
+        return f"suspicion: idle viewers, who may be forged, explain {harm.explained:.1%} of the harm; {harm.sentence}"
+    return ""
+
+
 def _missing_requirement(context: _RuleContext, *, this_step: bool = False) -> str:
     """Returns what is missing for a promotion; empty if nothing is.
 
@@ -261,6 +275,8 @@ def _missing_requirement(context: _RuleContext, *, this_step: bool = False) -> s
     """
     if unseen := _missing_telemetry(context):
         return unseen
+    if suspicion := _suspicion(context):
+        return suspicion
     verdicts = context.verdicts
     if verdicts.breaches or verdicts.harms:
         return "a guardrail breach or established harm"

@@ -166,6 +166,17 @@ class Alpha(StrictModel):
     promotion: Ratio = 0.005
 
 
+class Suspicion(StrictModel):
+    """When a difference of the arms' audiences holds the rollout, because viewers may be forged."""
+
+    alpha: Ratio = Field(default=0.005, description="probability of a suspicion in a rollout without forged viewers")
+    margin: Ratio = Field(
+        default=0.02,
+        description="largest accepted difference: relative, of the numbers of new viewers, and absolute, of the "
+        "shares of silent, saturated and idle viewers",
+    )
+
+
 class Deadline(StrictModel):
     """How long a rollout holds without evidence, and the action after that."""
 
@@ -205,6 +216,7 @@ class RolloutPolicy(StrictModel):
     guardrails: Guardrails = Guardrails()
     outcomes: Annotated[tuple[OutcomeMetric, ...], Field(min_length=1)]
     alpha: Alpha = Alpha()
+    suspicion: Suspicion | None = Field(default=Suspicion(), description="null disables the comparison of audiences")
     deadlines: Deadlines = Deadlines()
     cooldown_s: Seconds = Field(default=3600, description="delay after a rollback before the next rollout")
     retention_s: Seconds = Field(default=24 * 3600, description="how long the previous release stays warm")

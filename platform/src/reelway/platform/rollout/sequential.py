@@ -3,10 +3,12 @@
 A canary is evaluated every few seconds, so a test at a fixed horizon would reject too often. The functions compute on
 sufficient statistics and broadcast: one call tests a dozen metrics or ten thousand simulated rollouts.
 
-**Estimand.** Per arm, over viewers i with totals (x_i, y_i): ``theta = E[y] / E[x]`` (a plain mean is x_i = 1). The
-tested effect is the relative difference ``theta_canary / theta_stable - 1``. The viewer is the randomised unit and
-therefore the cluster. The delta method gives the variance (Deng, Lu, Litz 2017). Lindon, Ham, Tingley, Bojinov, "Rapid
-regression detection in software deployments", arXiv 2205.14762, test releases at Netflix at any time, too.
+**Estimand.** Per arm, over viewers i with totals (x_i, y_i): ``theta = E[y] / E[x]`` (a plain mean is x_i = 1). Only
+viewers that report outcomes are among them, and their totals are bounded, so that none of them decides (decision
+0026). The tested effect is the relative difference ``theta_canary / theta_stable - 1``. The viewer is the randomised
+unit and therefore the cluster. The delta method gives the variance (Deng, Lu, Litz 2017). Lindon, Ham, Tingley,
+Bojinov, "Rapid regression detection in software deployments", arXiv 2205.14762, test releases at Netflix at any time,
+too.
 
 **Boundary.** One-sided normal mixture: with score S and variance clock V,
 ``e(S, V) = 2 sqrt(r/(V+r)) exp(S^2 / (2(V+r))) Phi(S / sqrt(V+r))``

@@ -12,6 +12,9 @@ contract:
   ``viewers`` (``{"canary", "stable"}``), ``required`` (promotion requires that its harm is excluded),
   ``lower_is_better``, ``sentence``;
 - ``guardrails``: one per enabled guardrail, each with ``name``, ``state``, ``sentence``;
+- ``suspicions``: one per comparison of the arms' audiences, each with ``name`` (new_viewers, silent_viewers,
+  saturated_viewers, idle_viewers), ``suspected``, ``canary`` and ``stable`` (weighted numbers, or shares), ``low`` and
+  ``high`` (confidence sequence of their difference), ``sentence``; empty without viewers;
 - ``shadow_requests``: mirrored requests that were compared;
 - ``weights``: basis points by arm as reported by the routers, null if unknown;
 - ``ready``: whether all stages of the canary run, null if unknown.
@@ -41,6 +44,18 @@ def summarise_evidence(assessment: Assessment, snapshot: EvidenceSnapshot, now: 
         "guardrails": [
             {"name": verdict.name, "state": verdict.state.value, "sentence": verdict.sentence}
             for verdict in assessment.guardrails
+        ],
+        "suspicions": [
+            {
+                "name": verdict.name,
+                "suspected": verdict.suspected,
+                "canary": _number(verdict.canary),
+                "stable": _number(verdict.stable),
+                "low": _number(verdict.low),
+                "high": _number(verdict.high),
+                "sentence": verdict.sentence,
+            }
+            for verdict in assessment.suspicions
         ],
         "shadow_requests": snapshot.shadow_requests,
         "weights": None if snapshot.weights is None else {arm.value: bp for arm, bp in snapshot.weights.items()},

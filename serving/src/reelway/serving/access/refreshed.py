@@ -17,6 +17,7 @@ T = TypeVar("T")
 
 MIN_INTERVAL_S: Final = 10.0
 """Shortest time between two reads, so that requests with unknown key ids cannot cause more of them."""
+MAX_WAIT_S: Final = 5.0
 MAX_WAITING: Final = 32
 """Requests that may wait for a read. Further requests continue with the old state."""
 
@@ -76,7 +77,7 @@ class Refreshed(Generic[T]):
             return
         self._waiting += 1
         try:
-            await asyncio.shield(reading)
+            await asyncio.wait([reading], timeout=MAX_WAIT_S)
         finally:
             self._waiting -= 1
 

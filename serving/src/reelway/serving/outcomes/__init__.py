@@ -15,13 +15,19 @@ order:
 
 - ``outside``: the video was shown outside of any rollout. Such an outcome is counted on every delivery and has no other
   effect.
+- ``unauthenticated``: its viewer did not prove its identity, and the service requires it. Its slates are not counted
+  either.
 - ``late``: it was logged, or happened by its ``event_time``, more than 24 h (``OUTCOME_HORIZON_S``) after the
   impression. Both arms lose their late outcomes, so no arm gains.
+- ``future``: it happened, or its video was shown, more than 5 minutes after it was logged.
+- ``early``: it happened more than 5 minutes before its impression.
 - ``retired``: its rollout has ended. A rollout ends when four others were shown more recently. Until then, outcomes of
   a release that was rolled back are counted and change no decision.
 - ``duplicate``: an outcome of the same type was counted for the same impression. The first one stands, so a second
   ``watch`` changes nothing. The file remembers counted types until the outcome would be late anyway.
-- ``counted``: it was added to the sums of its rollout, arm and slices, with the weight in its token.
+- ``contradicting``: a skip after a long watch of the same impression was counted, or the reverse.
+- ``counted``: it was added to the totals of its viewer, with the weight in its token and within the bounds of
+  ``viewer_sums``, which also decides whether the viewer is evidence.
 
 An outcome with an invalid token, or a value that does not fit the type, is refused by the router and not logged. The
 token alone identifies an outcome's impression, so an outcome may be read before its slate. The router answers when the

@@ -23,6 +23,7 @@ from reelway.platform.eventlog.erasures import NO_VIEWERS, erased_viewers
 from reelway.platform.eventlog.topics import Topic
 from reelway.platform.rollout.evidence import ArmStatistics
 from reelway.platform.rollout.policy import Slice
+from reelway.platform.supervised_thread import SupervisedThread
 from reelway.serving.outcomes.exposition import LogReading, prometheus_text
 from reelway.serving.outcomes.ledger import Ledger
 from reelway.serving.outcomes.log_rows import ExposureRows, OutcomeRows, read_exposure_rows, read_outcome_rows
@@ -63,6 +64,7 @@ class OutcomeCollector:
         clock: Unix seconds, for the age in the metrics only.
         keep_rollouts: how many of the newest rollouts stay in memory and in the metrics.
         wait_s: how long to wait for another process to release the file.
+        require_authenticated: whether only viewers who proved their identity are evidence.
 
     Raises:
         MalformedFileError: if the file is not an outcome store.
@@ -77,9 +79,10 @@ class OutcomeCollector:
         clock: Callable[[], float] = time.time,
         keep_rollouts: int = 4,
         wait_s: float = 30.0,
+        require_authenticated: bool = False,
     ) -> None:
         self._store = OutcomeStore(path, wait_s=wait_s)
-        self._ledger = Ledger(self._store, keep_rollouts=keep_rollouts)
+        self._ledger = Ledger(self._store, keep_rollouts=keep_rollouts, require_authenticated=require_authenticated)
         self._open_topic = open_topic
         self._clock = clock
         self._topics: dict[Topic, _FollowedTopic] = {}
@@ -88,11 +91,11 @@ class OutcomeCollector:
         self._faults = 0  # failed calls of ``advance``
         self._clean_at = 0.0
         self._ending = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread: SupervisedThread | None = None
 
     def start(self) -> None:
         """Follows the log on a thread until ``close`` is called."""
-        self._thread = threading.Thread(target=self._follow, name="outcome collector", daemon=True)
+        self._thread = SupervisedThread(self._follow, name="outcome collector", daemon=True, stop=self._ending)
         self._thread.start()
 
     def advance(self) -> int:

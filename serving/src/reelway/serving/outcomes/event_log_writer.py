@@ -125,6 +125,7 @@ def logged_outcomes(parts: Sequence[OutcomeColumns], now_us: int) -> pa.RecordBa
         "rollout": dictionary_column([(part.arm, [arm.rollout for arm in part.arms]) for part in parts]),
         "weight": joined("weight").astype(np.float32),
         "slices": joined("slices").astype(np.int8),
+        "authenticated": joined("authenticated"),
     }
     arrays = [
         pa.array(column, field.type) if isinstance(column := columns[field.name], np.ndarray) else column

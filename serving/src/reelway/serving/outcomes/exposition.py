@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -12,6 +13,7 @@ from prometheus_client.registry import Collector
 
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.rollout import metric_names
+from reelway.serving.outcomes.exposures import ArmKey
 from reelway.serving.outcomes.ledger import Snapshot
 from reelway.serving.outcomes.outcome_store import ReceivedKey
 from reelway.serving.outcomes.viewer_sums import METRICS, SLICES
@@ -38,36 +40,36 @@ def prometheus_text(snapshot: Snapshot, readings: Mapping[str, LogReading], faul
     return generate_latest(registry)
 
 
+_ARM_LABELS: Final = ("rollout", "release", "arm")
+
+
+def _values(arm: ArmKey) -> list[str]:
+    """The values of ``_ARM_LABELS``."""
+    return [arm.rollout, short_id(arm.release), arm.arm.value]
+
+
 class _SnapshotCollector(Collector):
     def __init__(self, snapshot: Snapshot, readings: Mapping[str, LogReading], faults: int, now: float) -> None:
         self._snapshot, self._readings, self._faults, self._now = snapshot, readings, faults, now
 
     def collect(self) -> Iterator[Metric]:
-        arm_labels = ["rollout", "release", "arm", "slice"]
-        exposure = CounterMetricFamily(
-            metric_names.EXPOSURE, "Viewers and impressions of a rollout's arm.", labels=[*arm_labels, "statistic"]
-        )
-        statistic = CounterMetricFamily(
-            metric_names.STATISTIC,
-            "Sums over viewers of an outcome metric.",
-            labels=[*arm_labels, "metric", "statistic"],
-        )
-        for arm, sums_SK in self._snapshot.sums.items():
-            for slice_, row in zip(SLICES, sums_SK.tolist(), strict=True):
-                labels = [arm.rollout, short_id(arm.release), arm.arm.value, slice_.value]
-                values = iter(row)
-                for name in metric_names.EXPOSURE_STATISTICS:
-                    exposure.add_metric([*labels, name], next(values))
-                for metric in METRICS:
-                    for name in metric_names.METRIC_STATISTICS:
-                        statistic.add_metric([*labels, metric, name], next(values))
-        yield exposure
-        yield statistic
+        yield from self._sum_families()
+        yield from self._audience_families()
         yield self._received_family()
         yield CounterMetricFamily(
             metric_names.LATE_SLATES,
             "Slates of rollouts that were logged too late to be counted.",
             value=self._snapshot.late_slates,
+        )
+        yield CounterMetricFamily(
+            metric_names.UNAUTHENTICATED_SLATES,
+            "Slates of rollouts whose viewer did not prove its identity, although the service requires it.",
+            value=self._snapshot.unauthenticated_slates,
+        )
+        yield CounterMetricFamily(
+            metric_names.BOUNDED_WATCHES,
+            "Watches that counted less than reported, because they are longer than twice their video.",
+            value=self._snapshot.bounded_watches,
         )
         yield CounterMetricFamily(
             metric_names.DROPPED_ARMS,
@@ -80,6 +82,43 @@ class _SnapshotCollector(Collector):
             value=self._faults,
         )
         yield from self._log_families()
+
+    def _sum_families(self) -> Iterator[Metric]:
+        labels = [*_ARM_LABELS, "slice"]
+        exposure = GaugeMetricFamily(
+            metric_names.EXPOSURE, "Viewers that are evidence, and their impressions.", labels=[*labels, "statistic"]
+        )
+        statistic = GaugeMetricFamily(
+            metric_names.STATISTIC, "Sums over viewers of an outcome metric.", labels=[*labels, "metric", "statistic"]
+        )
+        for arm, sums_SK in self._snapshot.sums.items():
+            for slice_, row in zip(SLICES, sums_SK.tolist(), strict=True):
+                values = iter(row)
+                for name in metric_names.EXPOSURE_STATISTICS:
+                    exposure.add_metric([*_values(arm), slice_.value, name], next(values))
+                for metric in METRICS:
+                    for name in metric_names.METRIC_STATISTICS:
+                        statistic.add_metric([*_values(arm), slice_.value, metric, name], next(values))
+        yield exposure
+        yield statistic
+
+    def _audience_families(self) -> Iterator[Metric]:
+        count = CounterMetricFamily(
+            metric_names.AUDIENCE, "Viewers of an arm and what they did.", labels=[*_ARM_LABELS, "statistic"]
+        )
+        weight = GaugeMetricFamily(
+            metric_names.AUDIENCE_WEIGHT,
+            "Overlap weights of the first impressions of an arm's viewers.",
+            labels=[*_ARM_LABELS, "kind", "statistic"],
+        )
+        for arm, audience in self._snapshot.audience.items():
+            for name, value in zip(metric_names.AUDIENCE_STATISTICS, audience.tolist(), strict=True):
+                if isinstance(name, str):
+                    count.add_metric([*_values(arm), name], value)
+                else:
+                    weight.add_metric([*_values(arm), *name], value)
+        yield count
+        yield weight
 
     def _received_family(self) -> CounterMetricFamily:
         family = CounterMetricFamily(

@@ -78,6 +78,7 @@ def exposure_rows(slates: Sequence[SlateExposure]) -> pa.RecordBatch:
         "arm": text([slate.arm.arm.value for slate in slates]),
         "rollout": text([slate.arm.rollout for slate in slates]),
         "weight": repeated("weight", np.float32),
+        "authenticated": repeated("authenticated", np.bool_),
         "source": dictionary_column([(joined("source"), SOURCES)]),
         "device": text([slate.device for slate in slates]),
         "region": text([slate.region for slate in slates]),

@@ -25,6 +25,7 @@ from reelway.platform.eventlog import Offsets
 from reelway.platform.eventlog.outcome_events import OUTCOME_TYPES
 from reelway.platform.retention import DAY_S, retention
 from reelway.platform.rollout.metric_names import RECEIVED_OUTCOMES
+from reelway.serving.outcomes.counted_types import COUNTED, judge_types
 from reelway.serving.outcomes.exposures import ArmKey
 from reelway.serving.outcomes.log_rows import LONG_WATCH, METRIC_OF_KIND, ExposureRows, OutcomeRows
 from reelway.serving.outcomes.outcome_store import (
@@ -33,15 +34,23 @@ from reelway.serving.outcomes.outcome_store import (
     OutcomeStore,
     ReceivedKey,
     RolloutRow,
-    arm_ids_of,
-    viewer_keys,
 )
-from reelway.serving.outcomes.viewer_sums import TotalsDelta, apply_delta
+from reelway.serving.outcomes.viewer_keys import arm_ids_of, seen_elsewhere, viewer_keys
+from reelway.serving.outcomes.viewer_sums import (
+    FIRST_METRIC_COLUMN,
+    X_COLUMN,
+    TotalsDelta,
+    apply_delta,
+    growth_by_arm,
+    without_rounding,
+)
 
 I64 = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
-COUNTED, DUPLICATE, LATE, RETIRED, OUTSIDE = range(len(RECEIVED_OUTCOMES))
+LATE, RETIRED, OUTSIDE, FUTURE, EARLY, UNAUTHENTICATED = (
+    RECEIVED_OUTCOMES.index(name) for name in ("late", "retired", "outside", "future", "early", "unauthenticated")
+)
 HOUR_S: Final = 3600
 CLEANUP_SLACK_S: Final = 3600
 """Extra retention in seconds, for clocks of different machines."""
@@ -49,17 +58,22 @@ EXPOSURE_HORIZON_S: Final = 3600
 """A slate that reaches the log later than this after it was shown is not counted. Routers give up after a minute."""
 MAX_LIVE_ARMS: Final = MAX_ARMS // 2
 """With one more arm, the least used arm is dropped. The other numbers are those of arms that were dropped lately."""
+CLOCK_SKEW_S: Final = 300
+"""Largest difference of two clocks. An outcome that is further in the future, or before its impression, is refused."""
 RECEIVED_RETENTION_S: Final = 14 * 24 * 3600
 """A release without an outcome for this many seconds leaves the metrics."""
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Committed counts, for readers in other threads. Sums of each arm: ``[S, K]``."""
+    """Committed counts, for readers in other threads. Sums of each arm: ``[S, K]``; audience of each arm: ``[A]``."""
 
     sums: Mapping[ArmKey, NDArray[np.float64]]
+    audience: Mapping[ArmKey, NDArray[np.float64]]
     received: Mapping[ReceivedKey, int]
     late_slates: int  # since the start of the process
+    unauthenticated_slates: int  # since the start of the process
+    bounded_watches: int  # since the start of the process
     dropped_arms: int  # since the start of the process
 
 
@@ -68,13 +82,17 @@ class Ledger:
 
     Args:
         keep_rollouts: with one more rollout, the rollout with the oldest last exposure ends.
+        require_authenticated: whether only viewers who proved their identity are evidence.
     """
 
-    def __init__(self, store: OutcomeStore, *, keep_rollouts: int) -> None:
+    def __init__(self, store: OutcomeStore, *, keep_rollouts: int, require_authenticated: bool = False) -> None:
         self._store = store
         self._viewers_s = retention().collector_days * DAY_S
         self._keep = keep_rollouts
+        self._require_authenticated = require_authenticated
         self._late_slates = 0
+        self._unauthenticated_slates = 0
+        self._bounded_watches = 0
         self._dropped_arms = 0
         self._stale = True
         with self._changing():
@@ -93,7 +111,15 @@ class Ledger:
             yield
         self._stale = False
         sums = {arm: known.sums for arm, known in self._arms.items()}
-        self.snapshot = Snapshot(sums, dict(self._received), self._late_slates, self._dropped_arms)
+        self.snapshot = Snapshot(
+            sums,
+            {arm: known.audience for arm, known in self._arms.items()},
+            dict(self._received),
+            late_slates=self._late_slates,
+            unauthenticated_slates=self._unauthenticated_slates,
+            bounded_watches=self._bounded_watches,
+            dropped_arms=self._dropped_arms,
+        )
 
     def apply(
         self,
@@ -160,22 +186,31 @@ class Ledger:
     def _apply_exposures(self, rows: ExposureRows) -> TotalsDelta | None:
         late_R = rows.logged_at > rows.shown_at + EXPOSURE_HORIZON_S
         self._late_slates += len(np.unique(rows.request_id[late_R]))
-        for code in np.unique(rows.arm[~late_R]).tolist():
-            shown = ~late_R & (rows.arm == code)
+        unproven_R = ~self._admitted(rows.authenticated)
+        self._unauthenticated_slates += len(np.unique(rows.request_id[unproven_R & ~late_R]))
+        fit_R = ~late_R & ~unproven_R
+        for code in np.unique(rows.arm[fit_R]).tolist():
+            shown = fit_R & (rows.arm == code)
             exposed_at = float(np.minimum(rows.shown_at, rows.logged_at)[shown].max())
             self._register_rollout(rows.arms[code].rollout, exposed_at)
         arm_R, live_R = self._arm_numbers(rows.arms, rows.arm)
-        counted = self._first_of_slate(rows, np.flatnonzero(live_R & ~late_R))
+        counted = self._first_of_slate(rows, np.flatnonzero(live_R & fit_R))
         if not len(counted):
             return None
         count = rows.count[counted]
         return TotalsDelta(
             key=viewer_keys(arm_R[counted], rows.viewer_id[counted]),
             slices=rows.slices[counted],
-            column=np.zeros(len(counted), np.int64),
+            column=np.full(len(counted), X_COLUMN),
             amount=count.astype(np.float64) * rows.weight[counted],
             impressions=count,
+            outcomes=np.zeros(len(counted), np.int64),
+            weight=rows.weight[counted],
         )
+
+    def _admitted(self, authenticated: Bools) -> Bools:
+        """Returns which rows may be evidence."""
+        return authenticated | (not self._require_authenticated)
 
     def _first_of_slate(self, rows: ExposureRows, candidates: I64) -> I64:
         """Returns the rows whose slate was not counted before, and records their slates as counted."""
@@ -191,39 +226,43 @@ class Ledger:
         last_N = columns.issued_at + OUTCOME_HORIZON_S
         late_N = (columns.logged_at > last_N) | (columns.done_at > last_N)
         outside_N = np.array([not arm.rollout for arm in columns.arms], bool)[columns.arm]
-        in_time_N = ~late_N & ~outside_N
-        for code in np.unique(columns.arm[in_time_N]).tolist():
+        unproven_N = ~self._admitted(columns.authenticated)
+        future_N = np.maximum(columns.done_at, columns.issued_at) > columns.logged_at + CLOCK_SKEW_S
+        early_N = np.isfinite(columns.done_at) & (columns.done_at < columns.issued_at - CLOCK_SKEW_S)
+        fit_N = ~(outside_N | unproven_N | late_N | future_N | early_N)
+        for code in np.unique(columns.arm[fit_N]).tolist():
             rollout = columns.arms[code].rollout
             if rollout not in self._rollouts:  # shown, but its slate has not been read yet
-                shown_at = np.minimum(columns.issued_at, columns.logged_at)[in_time_N & (columns.arm == code)]
+                shown_at = np.minimum(columns.issued_at, columns.logged_at)[fit_N & (columns.arm == code)]
                 self._register_rollout(rollout, float(shown_at.max()))
         arm_N, live_N = self._arm_numbers(columns.arms, columns.arm)
-        status_N = np.where(outside_N, OUTSIDE, np.where(late_N, LATE, np.where(live_N, COUNTED, RETIRED)))
+        status_N = np.select(
+            [outside_N, unproven_N, late_N, future_N, early_N, live_N],
+            [OUTSIDE, UNAUTHENTICATED, LATE, FUTURE, EARLY, COUNTED],
+            RETIRED,
+        )
         candidates = np.flatnonzero(status_N == COUNTED)
-        status_N[candidates[~self._first_per_type(columns, candidates)]] = DUPLICATE
+        status_N[candidates] = self._judge_types(columns, candidates)
         self._count_received(columns, status_N)
         counted = np.flatnonzero(status_N == COUNTED)
         if not len(counted):
             return status_N, None
+        self._bounded_watches += int(columns.bounded[counted].sum())
         return status_N, _outcome_part(columns, viewer_keys(arm_N, columns.viewer_id), counted)
 
-    def _first_per_type(self, columns: OutcomeRows, rows: I64) -> Bools:
-        """Returns which rows are the first of their type for their impression. Records their types as counted."""
-        impression, bit = columns.impression_id[rows], 1 << columns.kind[rows]
+    def _judge_types(self, columns: OutcomeRows, rows: I64) -> I64:
+        """Returns the status of outcomes by ``counted_types``, and records the counted types of their impressions."""
+        impression, kind, long_watch = columns.impression_id[rows], columns.kind[rows], columns.long_watch[rows]
         hour = (columns.issued_at[rows] // HOUR_S).astype(np.int64)
-        first = np.zeros(len(rows), bool)
+        status = np.empty(len(rows), np.int64)
         for hour_ in np.unique(hour).tolist():
-            row_index = np.flatnonzero(hour == hour_)
-            ids, owner = np.unique(impression[row_index], return_inverse=True)
-            _, earliest = np.unique(owner * len(OUTCOME_TYPES) + columns.kind[rows[row_index]], return_index=True)
+            index = np.flatnonzero(hour == hour_)
+            ids, owner = np.unique(impression[index], return_inverse=True)
             before = self._store.read_counted_types(hour_, ids)
-            fresh = earliest[(before[owner[earliest]] & bit[row_index[earliest]]) == 0]
-            first[row_index[fresh]] = True
-            after = before.copy()
-            np.bitwise_or.at(after, owner[fresh], bit[row_index[fresh]])
+            status[index], after = judge_types(kind[index], long_watch[index], owner, before)
             changed = np.flatnonzero(after != before)
             self._store.write_counted_types(hour_, ids[changed], after[changed])
-        return first
+        return status
 
     def _update_totals(self, parts: Sequence[TotalsDelta]) -> None:
         """Adds all rows of a transaction to viewer totals and arm sums."""
@@ -233,12 +272,26 @@ class Ledger:
         additions = additions.take(live)  # without those of arms that a later row of the transaction made drop
         key_U = np.unique(additions.key)
         arm_ids, arm_U = np.unique(arm_ids_of(key_U), return_inverse=True)
-        totals, growth = apply_delta(self._store.read_viewers(key_U), additions, key_U, arm_U, len(arm_ids))
-        self._store.write_viewers(key_U, totals)
-        for arm_id, grown in zip(arm_ids.tolist(), growth, strict=True):
+        before = self._store.read_viewers(key_U)
+        elsewhere_U = np.zeros(len(key_U), bool)
+        new_U = ~before.shown
+        shown = additions.key[additions.impressions > 0]
+        elsewhere_U[new_U] = seen_elsewhere(key_U[new_U], shown, self._peers(), self._store.are_known)
+        after = apply_delta(before, additions, key_U, elsewhere_U)
+        self._store.write_viewers(key_U, after)
+        sums, audience = growth_by_arm(before, after, arm_U, len(arm_ids))
+        for arm_id, grown, joined in zip(arm_ids.tolist(), sums, audience, strict=True):
             arm = by_id[arm_id]
-            arm.sums = arm.sums + grown  # a new array, because the snapshot holds the previous one
+            arm.sums = without_rounding(arm.sums + grown)  # new arrays, because the snapshot holds the previous ones
+            arm.audience = np.maximum(arm.audience + joined, 0.0)
             self._store.write_sums(arm)
+
+    def _peers(self) -> dict[int, list[int]]:
+        """Returns the numbers of the other arms of each arm's rollout."""
+        by_rollout: dict[str, list[int]] = {}
+        for arm, known in self._arms.items():
+            by_rollout.setdefault(arm.rollout, []).append(known.id)
+        return {one: [peer for peer in ids if peer != one] for ids in by_rollout.values() for one in ids}
 
     def _register_rollout(self, rollout: str, exposed_at: float) -> None:
         """Registers a rollout; with too many rollouts, drops those with the oldest last exposure."""
@@ -319,7 +372,9 @@ def _outcome_part(columns: OutcomeRows, key_N: I64, counted: I64) -> TotalsDelta
     return TotalsDelta(
         key=key_N[rows],
         slices=columns.slices[rows],
-        column=1 + metric,
+        column=FIRST_METRIC_COLUMN + metric,
         amount=amount * columns.weight[rows],
         impressions=np.zeros(len(rows), np.int64),
+        outcomes=np.repeat([1, 0], [len(counted), len(long)]),
+        weight=columns.weight[rows],
     )

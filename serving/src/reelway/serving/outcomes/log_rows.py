@@ -30,6 +30,10 @@ METRIC_OF_KIND: Final = np.array(
 """The metric that an outcome of each type adds to; a watch may add to ``LONG_WATCH`` as well."""
 _LARGEST_VALUE: Final = float(np.finfo(np.float32).max)
 LONG_WATCH: Final = METRICS.index("long_watch_rate")
+WATCHED_AT_MOST: Final = 2.0
+"""A watch counts at most this many times the video's duration, as the token states it."""
+UNKNOWN_DURATION_WATCH_MS: Final = 60_000.0
+"""A watch of a video of unknown duration counts at most this long: twice ``LONG_WATCH_CAP_MS``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,7 @@ class ExposureRows:
     weight: NDArray[np.float64]
     slices: NDArray[np.uint8]
     count: NDArray[np.int64]  # impressions
+    authenticated: NDArray[np.bool_]  # whether the viewer proved its identity
 
     def __len__(self) -> int:
         return len(self.arm)
@@ -66,6 +71,7 @@ class OutcomeRows:
     duration_ms: NDArray[np.float64]  # 0 if unknown
     kind: NDArray[np.int64]  # index into OUTCOME_TYPES
     value: NDArray[np.float64]
+    authenticated: NDArray[np.bool_]  # whether the viewer that reported it proved its identity
 
     def __len__(self) -> int:
         return len(self.arm)
@@ -81,9 +87,22 @@ class OutcomeRows:
         return np.asarray(self.watch & (self.value >= np.minimum(share, LONG_WATCH_CAP_MS)))
 
     @property
+    def skip(self) -> NDArray[np.bool_]:
+        return np.equal(self.kind, _KIND_CODES[OutcomeType.SKIP])
+
+    @property
+    def watch_limit_ms(self) -> NDArray[np.float64]:
+        return np.where(self.duration_ms > 0, WATCHED_AT_MOST * self.duration_ms, UNKNOWN_DURATION_WATCH_MS)
+
+    @property
+    def bounded(self) -> NDArray[np.bool_]:
+        """Whether a watch is longer than what counts of it."""
+        return np.asarray(self.watch & (self.value > self.watch_limit_ms))
+
+    @property
     def amount(self) -> NDArray[np.float64]:
-        """What each outcome adds to its metric at weight 1: seconds of a watch, else 1."""
-        return np.where(self.watch, self.value / 1_000.0, 1.0)
+        """What each outcome adds to its metric at weight 1: seconds of a watch up to its limit, else 1."""
+        return np.where(self.watch, np.minimum(self.value, self.watch_limit_ms) / 1_000.0, 1.0)
 
 
 def read_exposure_rows(record: StoredRecord) -> ExposureRows:
@@ -112,6 +131,7 @@ def read_exposure_rows(record: StoredRecord) -> ExposureRows:
         weight=_in_range(table, "weight", 1)[first].astype(np.float64),
         slices=slices_V[first],
         count=count,
+        authenticated=_flags(table, "authenticated")[first],
     )
 
 
@@ -140,6 +160,7 @@ def read_outcome_rows(record: StoredRecord) -> OutcomeRows:
         duration_ms=_numbers(table, "duration_ms").astype(np.float64),
         kind=kind[known],
         value=_in_range(table, "value", _LARGEST_VALUE).astype(np.float64),
+        authenticated=_flags(table, "authenticated"),
     )
 
 
@@ -199,6 +220,11 @@ def _in_range(table: pa.Table, name: str, largest: float) -> NDArray[Any]:
 def _slices(table: pa.Table) -> NDArray[np.uint8]:
     """The known bits of the column ``slices``."""
     return (_numbers(table, "slices").astype(np.int64) & ALL_SLICES).astype(np.uint8)
+
+
+def _flags(table: pa.Table, name: str) -> NDArray[np.bool_]:
+    """A column of booleans; false instead of null."""
+    return np.asarray(table.column(name).fill_null(False).to_numpy(), np.bool_)
 
 
 def _seconds(table: pa.Table, name: str) -> NDArray[np.float64]:

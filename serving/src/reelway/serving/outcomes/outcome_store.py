@@ -21,22 +21,28 @@ from reelway.platform.contracts.events import Arm
 from reelway.platform.eventlog import Offsets
 from reelway.platform.sqlite_file import SqliteFile, SqliteFormat
 from reelway.serving.outcomes.exposures import ArmKey
-from reelway.serving.outcomes.viewer_sums import COLUMNS_PER_VIEWER, SLICES, SUMS_PER_ARM, ViewerTotals
+from reelway.serving.outcomes.viewer_keys import ARM_SHIFT, viewer_keys
+from reelway.serving.outcomes.viewer_sums import (
+    AUDIENCE_PER_ARM,
+    COLUMNS_PER_VIEWER,
+    SLICES,
+    SUMS_PER_ARM,
+    ViewerTotals,
+)
 
-_ARM_SHIFT: Final = 53
-"""A viewer's row id is the arm's number above the 53 bits of the viewer id, so one arm's viewers are contiguous."""
-MAX_ARMS: Final = 1 << (63 - _ARM_SHIFT)
+MAX_ARMS: Final = 1 << (63 - ARM_SHIFT)
 _FORMAT: Final = SqliteFormat(
     description="an outcome store",
     application_id=0x7265656F,
-    version=2,
+    version=3,
     schema=(
         """CREATE TABLE rollouts (
                rollout TEXT PRIMARY KEY, exposed_at REAL NOT NULL, retired INTEGER NOT NULL) WITHOUT ROWID""",
         """CREATE TABLE arms (
                id INTEGER PRIMARY KEY, rollout TEXT NOT NULL, arm TEXT NOT NULL, release TEXT NOT NULL,
-               sums BLOB NOT NULL, dropped INTEGER NOT NULL DEFAULT 0)""",
-        "CREATE TABLE viewers (id INTEGER PRIMARY KEY, present INTEGER NOT NULL, totals BLOB NOT NULL)",
+               sums BLOB NOT NULL, audience BLOB NOT NULL, dropped INTEGER NOT NULL DEFAULT 0)""",
+        """CREATE TABLE viewers (
+               id INTEGER PRIMARY KEY, totals BLOB NOT NULL, outcomes INTEGER NOT NULL, arrival REAL NOT NULL)""",
         # Keyed by the hour of the impression: new rows are written next to each other, and so are expired ones.
         """CREATE TABLE seen (
                hour INTEGER, impression_id INTEGER, types INTEGER NOT NULL, PRIMARY KEY (hour, impression_id)
@@ -68,10 +74,11 @@ class RolloutRow:
 
 @dataclass(slots=True)
 class ArmRow:
-    """An arm's number in the file and its sums, ``[S, SUMS_PER_ARM]``."""
+    """An arm's number in the file, its sums ``[S, SUMS_PER_ARM]`` and its audience ``[AUDIENCE_PER_ARM]``."""
 
     id: int
     sums: NDArray[np.float64]
+    audience: NDArray[np.float64]
 
 
 class OutcomeStore:
@@ -111,12 +118,14 @@ class OutcomeStore:
         return {rollout: RolloutRow(exposed_at, bool(retired)) for rollout, exposed_at, retired in rows}
 
     def arms(self) -> dict[ArmKey, ArmRow]:
-        rows = self._db.execute("SELECT id, rollout, arm, release, sums FROM arms WHERE NOT dropped ORDER BY id")
+        rows = self._db.execute(
+            "SELECT id, rollout, arm, release, sums, audience FROM arms WHERE NOT dropped ORDER BY id"
+        )
         return {
             ArmKey(rollout, Arm(arm), release): ArmRow(
-                number, np.frombuffer(sums).reshape(len(SLICES), SUMS_PER_ARM).copy()
+                number, np.frombuffer(sums).reshape(len(SLICES), SUMS_PER_ARM).copy(), np.frombuffer(audience).copy()
             )
-            for number, rollout, arm, release, sums in rows
+            for number, rollout, arm, release, sums, audience in rows
         }
 
     def received(self) -> dict[ReceivedKey, int]:
@@ -169,15 +178,17 @@ class OutcomeStore:
                 return None
             self._db.execute("DELETE FROM viewers WHERE id BETWEEN ? AND ?", _viewer_range(free))
             self._db.execute("DELETE FROM arms WHERE id = ?", (free,))
-        sums = np.zeros((len(SLICES), SUMS_PER_ARM))
+        row = ArmRow(free, np.zeros((len(SLICES), SUMS_PER_ARM)), np.zeros(AUDIENCE_PER_ARM))
         self._db.execute(
-            "INSERT INTO arms (id, rollout, arm, release, sums) VALUES (?, ?, ?, ?, ?)",
-            (free, arm.rollout, arm.arm.value, arm.release, sums.tobytes()),
+            "INSERT INTO arms (id, rollout, arm, release, sums, audience) VALUES (?, ?, ?, ?, ?, ?)",
+            (free, arm.rollout, arm.arm.value, arm.release, row.sums.tobytes(), row.audience.tobytes()),
         )
-        return ArmRow(free, sums)
+        return row
 
     def write_sums(self, arm: ArmRow) -> None:
-        self._db.execute("UPDATE arms SET sums = ? WHERE id = ?", (arm.sums.tobytes(), arm.id))
+        self._db.execute(
+            "UPDATE arms SET sums = ?, audience = ? WHERE id = ?", (arm.sums.tobytes(), arm.audience.tobytes(), arm.id)
+        )
 
     def drop_arm(self, arm: ArmRow) -> None:
         """Marks the arm as dropped; ``delete_expired`` deletes its viewers in batches."""
@@ -193,23 +204,34 @@ class OutcomeStore:
     def read_viewers(self, keys: NDArray[np.int64]) -> ViewerTotals:
         """Totals of the viewers with these ascending keys (``viewer_keys``); zeros for viewers without a row."""
         rows = self._db.execute(
-            "SELECT v.id, v.present, v.totals FROM json_each(?) AS k CROSS JOIN viewers AS v ON v.id = k.value",
+            "SELECT v.id, v.totals, v.outcomes, v.arrival FROM json_each(?) AS k "
+            "CROSS JOIN viewers AS v ON v.id = k.value",
             (json.dumps(keys.tolist()),),
         ).fetchall()
         known = ViewerTotals.unknown(len(keys))
         if rows:
             index = np.searchsorted(keys, np.array([row[0] for row in rows], np.int64))
-            known.present[index] = [row[1] for row in rows]
-            blobs = np.frombuffer(b"".join([row[2] for row in rows]))
+            blobs = np.frombuffer(b"".join([row[1] for row in rows]))
             known.totals[index] = blobs.reshape(len(rows), len(SLICES), COLUMNS_PER_VIEWER)
+            known.outcomes[index] = [row[2] for row in rows]
+            known.arrival[index] = [row[3] for row in rows]
         return known
 
-    def write_viewers(self, keys: NDArray[np.int64], totals: ViewerTotals) -> None:
-        raw = totals.totals.tobytes()
+    def are_known(self, keys: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether each of these keys is a viewer with an impression or outcome."""
+        rows = self._db.execute(
+            "SELECT v.id FROM json_each(?) AS k CROSS JOIN viewers AS v ON v.id = k.value", (json.dumps(keys.tolist()),)
+        )
+        return np.isin(keys, np.array([row[0] for row in rows], np.int64))
+
+    def write_viewers(self, keys: NDArray[np.int64], viewers: ViewerTotals) -> None:
+        raw = viewers.totals.tobytes()
         size = len(SLICES) * COLUMNS_PER_VIEWER * 8
         blobs = [raw[start : start + size] for start in range(0, len(raw), size)]
-        rows: Sequence[tuple[object, ...]] = list(zip(keys.tolist(), totals.present.tolist(), blobs, strict=True))
-        self._db.executemany("INSERT OR REPLACE INTO viewers VALUES (?, ?, ?)", rows)
+        rows: Sequence[tuple[object, ...]] = list(
+            zip(keys.tolist(), blobs, viewers.outcomes.tolist(), viewers.arrival.tolist(), strict=True)
+        )
+        self._db.executemany("INSERT OR REPLACE INTO viewers VALUES (?, ?, ?, ?)", rows)
 
     def count_viewers(self, viewer_ids: NDArray[np.int64]) -> int:
         """Returns the number of rows of these viewers, one per arm that showed them something."""
@@ -281,21 +303,11 @@ class OutcomeStore:
 
 def _viewer_range(arm_id: int) -> tuple[int, int]:
     """First and last row id of an arm's viewers."""
-    first = arm_id << _ARM_SHIFT
-    return first, first + (1 << _ARM_SHIFT) - 1
-
-
-def viewer_keys(arm_ids: NDArray[np.int64], viewer_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Row ids of viewers, each on an arm. Shapes: ``[N], [N] -> [N]``."""
-    return np.asarray((arm_ids << _ARM_SHIFT) | viewer_ids)
+    first = arm_id << ARM_SHIFT
+    return first, first + (1 << ARM_SHIFT) - 1
 
 
 def _keys_on_all_arms(viewer_ids: NDArray[np.int64]) -> list[int]:
     arms = np.arange(MAX_ARMS, dtype=np.int64)[:, None]
     keys: list[int] = viewer_keys(arms, viewer_ids[None, :]).ravel().tolist()
     return keys
-
-
-def arm_ids_of(keys: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The arms' numbers in ``viewer_keys``. Shapes: ``[N] -> [N]``."""
-    return np.asarray(keys >> _ARM_SHIFT)

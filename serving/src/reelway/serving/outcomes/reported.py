@@ -49,6 +49,7 @@ class OutcomeColumns:
     topic: NDArray[np.int64]  # -1 if unknown
     kind: NDArray[np.int64]  # index into OUTCOME_TYPES
     value: NDArray[np.float64]
+    authenticated: NDArray[np.bool_]  # whether the viewer that reports proved its identity
 
     def __len__(self) -> int:
         return len(self.arm)
@@ -118,10 +119,12 @@ def read_outcomes(
                 1.0 if value is None else value,
             )
         )  # fmt: skip
-    return _columns(tuple(arms), tuple(sources), rows), refused
+    return _columns(tuple(arms), tuple(sources), rows, authenticated=proven_viewer is not None), refused
 
 
-def _columns(arms: tuple[ArmKey, ...], sources: tuple[str, ...], rows: Sequence[tuple[float, ...]]) -> OutcomeColumns:
+def _columns(
+    arms: tuple[ArmKey, ...], sources: tuple[str, ...], rows: Sequence[tuple[float, ...]], *, authenticated: bool
+) -> OutcomeColumns:
     (
         code, source, impression, request, viewer, video, position, propensity,
         issued, done, weight, slices, duration, creator, topic, kind, value,
@@ -146,4 +149,5 @@ def _columns(arms: tuple[ArmKey, ...], sources: tuple[str, ...], rows: Sequence[
         topic=np.array(topic, np.int64),
         kind=np.array(kind, np.int64),
         value=np.array(value, np.float64),
+        authenticated=np.full(len(rows), authenticated),
     )

@@ -94,6 +94,7 @@ def _numbers(evidence: EvidenceReport, policy: RolloutPolicy) -> list[str]:
     if evidence.breached and not evidence.has_outcome_data:
         return [g.sentence for g in guardrails if g.state == "bad"]
     lines += [guardrail.sentence for guardrail in guardrails if guardrail.state == "bad"]
+    lines += [one.sentence for one in evidence.suspicions if one.suspected]
     lines += [_outcome_words(outcome, policy) for outcome in outcomes]
     lines += [guardrail.sentence for guardrail in guardrails if guardrail.state != "bad"]
     return lines
@@ -233,6 +234,14 @@ def _explain_waiting(
         missing = [f"the rollout continues when these have data again: {', '.join(sorted({one.name for one in down}))}"]
         lines += _deadline_line(policy, "telemetry_down")
         return missing, lines
+    if suspected := [one for one in evidence.suspicions if one.suspected]:
+        missing += [
+            f"{one.name}: the rollout continues when the difference is within the margin of "
+            f"{policy.suspicion.margin if policy.suspicion else 0.0:g}, or `reelway rollout promote --force` decides; "
+            "find out who these viewers are first"
+            for one in suspected
+        ]
+        lines.append(f"suspicion: {_dump(policy.suspicion)}" if policy.suspicion else "suspicion: off")
     insufficient = [g for g in evidence.guardrails if g.state == "insufficient"]
     missing += [f"{g.sentence}" for g in insufficient]
     lines += [f"guardrails.{g.name}: {_limit(policy, g)}" for g in insufficient]

@@ -120,6 +120,15 @@ def guardrail_status_lines(evidence: EvidenceReport, *, width: int, compact: boo
     return lines
 
 
+def suspicion_lines(evidence: EvidenceReport, *, width: int, compact: bool = False) -> Sequence[Text]:
+    """Returns the label and sentence of every comparison of audiences; with ``compact`` only of suspicious ones."""
+    return [
+        labelled_line(*(("SUSPECTED", "bold red") if one.suspected else ("ok", "green")), one.sentence, width)
+        for one in evidence.suspicions
+        if one.suspected or not compact
+    ]
+
+
 def labelled_line(label: str, style: str, sentence: str, width: int) -> Text:
     """Returns a label column followed by the folded sentence."""
     indent = 11

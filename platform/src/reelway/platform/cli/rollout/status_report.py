@@ -55,6 +55,18 @@ class GuardrailReport(_Report):
     sentence: str
 
 
+class SuspicionReport(_Report):
+    """One comparison of the arms' audiences, with the keys of ``rollout.summary``."""
+
+    name: str
+    suspected: bool
+    canary: float | None
+    stable: float | None
+    low: float | None
+    high: float | None
+    sentence: str
+
+
 class EvidenceReport(_Report):
     """Evidence of one decision or reconcile, with the keys of ``rollout.summary``."""
 
@@ -64,6 +76,7 @@ class EvidenceReport(_Report):
     exposure: dict[str, int]
     outcomes: tuple[OutcomeReport, ...]
     guardrails: tuple[GuardrailReport, ...]
+    suspicions: tuple[SuspicionReport, ...]
     shadow_requests: int
     weights: dict[str, int] | None
     ready: bool | None

@@ -14,7 +14,12 @@ from rich.console import Group, RenderableType
 from rich.rule import Rule
 from rich.text import Text
 
-from reelway.platform.cli.rollout.intervals import guardrail_status_lines, labelled_line, outcomes_table
+from reelway.platform.cli.rollout.intervals import (
+    guardrail_status_lines,
+    labelled_line,
+    outcomes_table,
+    suspicion_lines,
+)
 from reelway.platform.cli.rollout.status_report import EvidenceReport, RolloutReport, StatusReport
 from reelway.platform.contracts.ids import short_id
 
@@ -185,6 +190,9 @@ def _evidence(rollout: RolloutReport, evidence: EvidenceReport, width: int, *, c
         if not compact:
             note = "0: no change, M: margin; *: promotion requires that harm is excluded"
             parts.append(Text(note, style="dim"))
+    if suspicions := suspicion_lines(evidence, width=width, compact=compact):
+        parts.append(Rule("audiences", style="dim", align="left"))
+        parts += suspicions
     parts.append(Rule("guardrails", style="dim", align="left"))
     parts += guardrails
     return parts

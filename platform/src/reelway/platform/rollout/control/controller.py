@@ -31,6 +31,7 @@ from reelway.platform.rollout.records import HistoryEntry, LastReconcile, Rollou
 from reelway.platform.rollout.state import Phase, RolloutState
 from reelway.platform.rollout.summary import summarise_evidence
 from reelway.platform.rollout.traffic.target import TrafficBackend, TrafficObservation, TrafficTarget, traffic_target
+from reelway.platform.supervised_thread import SupervisedThread
 
 log = logging.getLogger(__name__)
 
@@ -106,11 +107,13 @@ class Controller:
         """
         reconcile_now = threading.Event()
         threads = [
-            threading.Thread(target=self._react_when_woken, args=(stop, alert_arrived, reconcile_now), name="reactions")
+            SupervisedThread(
+                self._react_when_woken, args=(stop, alert_arrived, reconcile_now), name="reactions", stop=stop
+            )
         ]
         if self._polls.enabled:
             threads.append(
-                threading.Thread(target=self._poll_alerts_until, args=(stop, alert_arrived), name="alert-polls")
+                SupervisedThread(self._poll_alerts_until, args=(stop, alert_arrived), name="alert-polls", stop=stop)
             )
         for thread in threads:
             thread.start()
@@ -252,6 +255,8 @@ class Controller:
     def _report_decision(self, reconcile_pass: _ReconcilePass, state: RolloutState) -> None:
         self._metrics.decisions.labels(reconcile_pass.decision.action.value).inc()
         self._metrics.set_state(state)
+        suspicions = reconcile_pass.evidence["suspicions"]
+        self._metrics.set_suspicions({one["name"]: one["suspected"] for one in suspicions})
         if _is_notable(reconcile_pass):
             log.info("%s %s: %s", state.id, reconcile_pass.decision.action.value, reconcile_pass.decision.reason)
 

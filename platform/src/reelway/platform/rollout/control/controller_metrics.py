@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from prometheus_client import CollectorRegistry, generate_latest
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.rollout.state import Phase, RolloutState
+from reelway.platform.supervised_thread import export_failures
 from reelway.platform.telemetry import counter, gauge, histogram
 
 _TICK_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -17,11 +20,18 @@ class ControllerMetrics:
 
     def __init__(self) -> None:
         registry = self._registry = CollectorRegistry()
+        export_failures(registry)
         self.phase = gauge("reelway_rollout_phase", "1 for the newest rollout's phase.", ["kind"], registry)
         self.weight = gauge(
             "reelway_rollout_weight_basis_points",
             "Recorded traffic weights of the newest rollout.",
             ["arm", "release"],
+            registry,
+        )
+        self.suspicion = gauge(
+            "reelway_rollout_suspicion",
+            "1 while the arms' audiences differ, so that viewers may be forged.",
+            ["kind"],
             registry,
         )
         self.decisions = counter("reelway_rollout_decisions_total", "Decisions by action.", ["kind"], registry)
@@ -62,6 +72,12 @@ class ControllerMetrics:
         releases = {Arm.STABLE: state.stable_release, Arm.CANARY: state.canary_release, Arm.HOLDOUT: state.live_release}
         for arm, points in state.weights.items():
             self.weight.labels(arm.value, short_id(releases[arm])).set(points)
+
+    def set_suspicions(self, suspected: Mapping[str, bool]) -> None:
+        """Sets the gauges to the comparisons of the newest evidence; an empty one has no viewers to compare."""
+        self.suspicion.clear()
+        for name, is_suspected in suspected.items():
+            self.suspicion.labels(name).set(is_suspected)
 
     def render(self) -> bytes:
         """Returns all metrics in Prometheus' text format."""

@@ -113,10 +113,10 @@ class PrometheusReader:
         span = f"[{math.ceil((max(last_sample_times) - min(last_sample_times)) * 1000) + 100}ms]"
         newest = f"{{__name__=~{_any_of(CUMULATIVE_SERIES)},{selector}}}{span}"
         rows = self._query(newest, max(last_sample_times), "matrix")
-        viewers = f'{names.EXPOSURE}{{{selector},statistic="viewers"}}[{reach}s]'
+        viewers = f'{names.AUDIENCE}{{{selector},statistic="viewers"}}[{reach}s]'
         highest = self._query(f"max_over_time({viewers})", server_now, "vector")
         for key, [sample] in highest.items():
-            named = SeriesKey(names.EXPOSURE, key.labels)
+            named = SeriesKey(names.AUDIENCE, key.labels)
             rows[named] = [Sample(server_now - reach, sample.value), *rows.get(named, [])]
         return rows
 

@@ -24,9 +24,9 @@ MAX_SHADOW_S: Final = 3600.0
 """Mirrored requests are counted over the shadow phase, at most over this many seconds."""
 BUCKET: Final = f"{names.LATENCY}_bucket"
 WINDOWED_SERIES: Final = (names.REQUESTS, names.EMPTY_SLATES, BUCKET)
-CUMULATIVE_SERIES: Final = (names.EXPOSURE, names.STATISTIC)
+CUMULATIVE_SERIES: Final = (names.EXPOSURE, names.STATISTIC, names.AUDIENCE, names.AUDIENCE_WEIGHT)
 _IDENTITY: Final = frozenset(
-    {"job", "instance", "release", "arm", "outcome", "le", "rollout", "slice", "statistic", "metric"}
+    {"job", "instance", "release", "arm", "outcome", "le", "rollout", "slice", "statistic", "metric", "kind"}
 )
 """Labels of the exporters and the two labels that name an exporter. Prometheus adds all others."""
 
@@ -82,7 +82,7 @@ class SeriesReader(Protocol):
     def read(self, scope: Scope, now: float) -> SeriesReadResult:
         """Returns the samples of the window before ``now``; raises nothing.
 
-        ``EXPOSURE`` of ``viewers`` starts with the highest sample since the rollout began, however old, so that a
+        ``AUDIENCE`` of ``viewers`` starts with the highest sample since the rollout began, however old, so that a
         decrease is noticed long after it happened. For other sums the newest sample is enough. ``SHADOW_REQUESTS``
         start at ``scope.shadow_since``.
         """

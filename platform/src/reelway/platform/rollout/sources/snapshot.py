@@ -9,7 +9,7 @@ from reelway.platform.rollout import metric_names as names
 from reelway.platform.rollout.counters import counter_increase
 from reelway.platform.rollout.evidence import EvidenceSnapshot, EvidenceState
 from reelway.platform.rollout.policy import RolloutPolicy
-from reelway.platform.rollout.sources.outcome_sums import outcome_metrics
+from reelway.platform.rollout.sources.outcome_sums import outcome_evidence
 from reelway.platform.rollout.sources.parity_findings import ParityFindings
 from reelway.platform.rollout.sources.request_window import request_guardrails
 from reelway.platform.rollout.sources.series_reader import (
@@ -43,10 +43,12 @@ def build_snapshot(
     routers = scrape_job(names.ROUTER_JOB, read_result, now=now, max_age_s=max_age_s, window_s=window_s)
     collector = scrape_job(names.OUTCOMES_JOB, read_result, now=now, max_age_s=max_age_s, window_s=window_s)
     times = [job.newest_sample_at for job in (routers, collector) if not job.problem]
+    outcomes = outcome_evidence(policy, state, read_result, collector)
     return EvidenceSnapshot(
         time=min(times, default=now),
         release=state.canary_release,
-        metrics=outcome_metrics(policy, state, read_result, collector),
+        metrics=outcomes.metrics,
+        audiences=outcomes.audiences,
         guardrails={
             **request_guardrails(policy, scope, read_result, routers, now),
             "parity_mismatches": parity.reading(state.canary_release),

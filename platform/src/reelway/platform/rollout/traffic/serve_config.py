@@ -102,7 +102,10 @@ def _release_application(options: ServingOptions, release: str) -> dict[str, Any
 
 def _outcomes_application(options: ServingOptions, state: Path) -> dict[str, Any]:
     args = OutcomesArgs(
-        token_secrets=options.token_secrets, state=state, events=options.events or str(state.parent / "events")
+        token_secrets=options.token_secrets,
+        state=state,
+        events=options.events or str(state.parent / "events"),
+        require_authenticated=options.access.on,
     )
     return {
         "name": OUTCOMES,

@@ -145,6 +145,9 @@ class OutcomesArgs(_Options):
     token_secrets: Path | None = Field(default=None, description="as in RouterArgs")
     state: Path = Field(description="SQLite file with the sums; one process writes it")
     events: str = Field(description="address of the event log that is summed")
+    require_authenticated: bool = Field(
+        default=False, description="whether only viewers who proved their identity are evidence"
+    )
 
 
 class AutoscalingOptions(_Options):
