@@ -73,11 +73,10 @@ def test_step_does_not_overwrite_an_unrecorded_rollback(
             world.controller.react()
         world.store.before = nothing
 
-    fetch, to_fail = world.source.fetch, [] if decided else ["the first fetch"]
+    fetch = world.source.fetch
 
     def fetch_slowly(*arguments: Any) -> Any:
-        if to_fail:
-            to_fail.clear()
+        if not decided and world.state.phase is Phase.STEPPING:
             roll_back_unrecorded()
         return fetch(*arguments)
 
