@@ -40,7 +40,8 @@ def ray_environment(folder: Path) -> dict[str, str]:
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    return {**inherited, **ray_environment(tmp_path), "RAY_USAGE_STATS_ENABLED": "0"}
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 48}
+    return {**inherited, **ray_environment(tmp_path), **token, "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 @pytest.fixture

@@ -23,6 +23,8 @@ from reelway.platform.rollout.suspicion import (
     GroupWeights,
     compare_audiences,
     explained_harm,
+    group_share,
+    share_difference,
 )
 
 
@@ -32,7 +34,8 @@ def audience(viewers: int, *, weight: float = 0.5, **members: float) -> Audience
     def group(count: float) -> GroupWeights:
         return GroupWeights(weight * count, weight**2 * count)
 
-    return Audience(viewers, group(viewers), **{name: group(count) for name, count in members.items()})
+    groups = {name: group(count) for name, count in members.items()}
+    return Audience(viewers, group(viewers), evidence=group(viewers), **groups)
 
 
 def suspected(stable: Audience, canary: Audience) -> list[str]:
@@ -71,13 +74,13 @@ def test_group_of_one_arm_alone_is_noticed() -> None:
 
 @pytest.mark.parametrize(
     ("idle", "higher", "lower"),
-    [(500, 0.05, 0.05 * 0.7 / 0.3), (40, 0.0, 0.0), (2_500, 0.25, 0.25 * 0.7 / 0.3), (2_600, 0.0, 0.0)],
+    [(500, 0.05, 0.05 * 0.7 / 0.3), (40, 0.0, 0.0), (4_000, 0.4, 0.4 * 0.7 / 0.3), (4_100, 0.0, 0.0)],
 )
 def test_idle_viewers_explain_harm_up_to_a_share(idle: int, higher: float, lower: float) -> None:
-    """A few are chance, and more than ``MAX_FORGED_SHARE`` of the viewers are not forged."""
-    assert MAX_FORGED_SHARE == 0.25
-    checks = compare_audiences(audience(10_000), audience(10_000, idle=idle), alpha=0.005, margin=0.02)
-    found = explained_harm(checks[CHECKS.index("idle_viewers")], np.array([0.3, 0.3]), np.array([False, True]))
+    """A few are chance, and more than ``MAX_FORGED_SHARE`` of the impressions are not forged."""
+    assert MAX_FORGED_SHARE == 0.4
+    stable, canary = (group_share(10_000, 10_000, 10_000, count, count) for count in (0, idle))
+    found = explained_harm(share_difference(stable, canary), np.array([0.3, 0.3]), np.array([False, True]))
     assert found.tolist() == pytest.approx([higher, lower])
 
 
@@ -85,8 +88,16 @@ POLICY = default_policy().model_copy(update={"outcomes": HistoryGenerator(0).pol
 
 
 def evidence(kind: str, stable: Audience, canary: Audience) -> EvidenceSnapshot:
-    audiences = {Arm.STABLE: stable, Arm.CANARY: canary}
-    return replace(HistoryGenerator(0).kinds[kind], time=100.0, audiences=audiences)
+    snapshot = HistoryGenerator(0).kinds[kind]
+    share = float(canary.idle.sum_w / canary.evidence.sum_w)
+    metrics = {
+        key: replace(
+            metric,
+            canary=replace(metric.canary, idle_x=share * metric.canary.sum_x, idle_xx=share * metric.canary.sum_xx),
+        )
+        for key, metric in snapshot.metrics.items()
+    }
+    return replace(snapshot, time=100.0, metrics=metrics, audiences={Arm.STABLE: stable, Arm.CANARY: canary})
 
 
 CALM = (audience(5_000), audience(5_000))

@@ -369,7 +369,7 @@ def test_metrics_have_the_names_and_labels_of_the_rollout(followed: Followed, co
     for (arm, part), metrics in expected.items():
         labels = {"rollout": "r-1", "release": RELEASES[arm][: metric_names.SHORT_RELEASE], "arm": arm, "slice": part}
         for metric, sums in metrics.items():
-            for statistic in ("viewers", "impressions", "sum_x", "sum_xx"):
+            for statistic in metric_names.EXPOSURE_STATISTICS:
                 key = tuple(sorted({**labels, "statistic": statistic}.items()))
                 assert samples[metric_names.EXPOSURE, key] == pytest.approx(getattr(sums, statistic))
             for statistic in ("sum_y", "sum_yy", "sum_xy"):

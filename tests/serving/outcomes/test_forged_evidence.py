@@ -66,7 +66,7 @@ def test_loop_of_hours_leaves_the_interval_as_it_was(rollout: ForgedRollout) -> 
     before = watched(verdicts_of(rollout))
     rollout.add(Arm.STABLE, 1, 10, lambda viewer: np.where(np.arange(len(viewer)) == 3, 8 * 3_600_000.0, 5_000.0))
     after = watched(verdicts_of(rollout))
-    assert after.stable_viewers == 2_001
+    assert after.stable_viewers == before.stable_viewers + 1
     assert after.harm_high - after.harm_low == pytest.approx(before.harm_high - before.harm_low, rel=0.01)
 
 

@@ -168,7 +168,7 @@ def test_viewer_without_an_outcome_is_no_evidence(bench: LedgerFixture) -> None:
     bench.expose(SHOWN, replace(SHOWN, id=12, viewer=2))
     bench.report(LIKE)
     assert statistics(bench.ledger)[Arm.CANARY, Slice.OVERALL]["like_rate"].viewers == 1
-    assert audience(bench)[Arm.CANARY] == {"viewers": 2, "all": 1.0, "silent": 0.5, "saturated": 0, "idle": 0}
+    assert audience(bench)[Arm.CANARY] == {"viewers": 2, "all": 1.0, "silent": 0.5, "saturated": 0}
 
 
 def test_viewer_with_the_same_outcome_on_everything_is_no_evidence(bench: LedgerFixture) -> None:
@@ -185,8 +185,8 @@ def test_viewer_that_watches_nothing_is_idle_evidence(bench: LedgerFixture) -> N
     shown = [replace(SHOWN, id=20 + i) for i in range(5)]
     bench.expose(*shown)
     bench.report(*(RawOutcome(one, OutcomeType.WATCH, 0.0) for one in shown))
-    assert statistics(bench.ledger)[Arm.CANARY, Slice.OVERALL]["long_watch_rate"].viewers == 1
-    assert audience(bench)[Arm.CANARY]["idle"] == 0.5
+    counted = statistics(bench.ledger)[Arm.CANARY, Slice.OVERALL]["long_watch_rate"]
+    assert (counted.viewers, counted.idle_x, counted.idle_xx) == (1, 2.5, 2.5**2)
 
 
 def test_flood_of_one_viewer_counts_as_fifty_impressions(bench: LedgerFixture) -> None:

@@ -91,7 +91,14 @@ class FakeServe:
         for (rollout, release, arm), viewers in counted.items():
             labels = f'rollout="{rollout}",release="{release}",arm="{arm}",slice="overall"'
             mean = 2.0 if release == BAD[: names.SHORT_RELEASE] else 5.0
-            exposure = {"viewers": 1.0, "impressions": 10.0, "sum_x": 10.0, "sum_xx": 100.0}
+            exposure = {
+                "viewers": 1.0,
+                "impressions": 10.0,
+                "sum_x": 10.0,
+                "sum_xx": 100.0,
+                "idle_x": 0.0,
+                "idle_xx": 0.0,
+            }
             metric = {"sum_y": mean, "sum_yy": mean * mean + 2.5, "sum_xy": 10 * mean}
             lines += [f'{names.EXPOSURE}{{{labels},statistic="{k}"}} {v * viewers}' for k, v in exposure.items()]
             lines += [

@@ -42,7 +42,7 @@ _HEALTHY = {
 
 def statistics_of(arm: ArmSums, rollout: int) -> list[ArmStatistics]:
     """Returns the statistics of one arm of one rollout, one entry per test of the policy."""
-    columns = [column[rollout] for column in arm.of_tests()]
+    columns = [column[rollout] for column in (*arm.of_tests(), *arm.idle_of_tests()[3:])]
     impressions = float(arm.impressions[rollout])
     return [
         ArmStatistics(float(v[0]), impressions, *(float(s) for s in v[1:])) for v in zip(*columns, strict=True)
@@ -63,7 +63,10 @@ def snapshot_of(simulation: Simulation, rollout: int, now: float) -> EvidenceSna
 
 def _audience_of(arm: ArmSums, rollout: int) -> Audience:
     every = arm.audience()
-    groups = {name: GroupWeights(*(float(sums[rollout]) for sums in getattr(every, name))) for name in ("all", *GROUPS)}  # type: ignore[index]
+    groups = {
+        name: GroupWeights(*(float(sums[rollout]) for sums in getattr(every, name)))
+        for name in ("all", *GROUPS, "evidence", "idle")
+    }  # type: ignore[index]
     return Audience(float(arm.arrived[rollout]), **groups)
 
 

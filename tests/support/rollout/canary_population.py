@@ -49,11 +49,13 @@ TESTS: tuple[tuple[str, Slice], ...] = (
 )
 X_ROW = np.array([X_OF[part] for _, part in TESTS])
 N_X, N_Y = len(X_OF), len(TESTS)
-LINEAR = N_X + N_Y
-QUADRATIC = N_X + 2 * N_Y
+LINEAR = N_X + N_Y + N_X
+"""Columns of sums: x, y, and x of idle viewers."""
+QUADRATIC = N_X + 2 * N_Y + N_X
+"""Columns of products: xx, yy, xy, and xx of idle viewers."""
 
 
-COUNTS = ("evidence", "new_evidence", "impressions", "silent", "saturated", "idle")
+COUNTS = ("evidence", "new_evidence", "impressions", "silent", "saturated")
 WATCH_S_AT_MOST = float(LARGEST_PER_IMPRESSION[METRICS.index("watch_s_per_impression")])
 NEVER_REPORTS = 0.05
 """Share of viewers whose client reports no outcomes."""
@@ -91,15 +93,17 @@ class Population:
             skip: whether they skip every video.
             reports: whether they report at all.
         """
-        first = np.zeros((POOL, LINEAR))
-        first[:, 0], first[:, 2], first[:, 3] = impressions, impressions // 5, impressions // 4
+        first = np.zeros((POOL, N_X + N_Y))
+        first[:, 0], first[:, 1], first[:, 2], first[:, 3] = (
+            impressions, impressions, impressions // 5, impressions // 4
+        )  # fmt: skip
         for row, (metric, part) in enumerate(TESTS):
             x = first[:, X_OF[part]]
             rate = {"long_watch_rate": long_watch, "watch_s_per_impression": 40.0 * long_watch, "skip_rate": skip}
             first[:, N_X + row] = x * rate.get(metric, long_watch if metric == "like_rate" else 0.0)
         population = cls.__new__(cls)
         population.sessions = (first, np.zeros_like(first))
-        rows = _rows(np.zeros(POOL, bool), population.sessions, np.full(POOL, reports))
+        rows = _rows(np.ones(POOL, bool), population.sessions, np.full(POOL, reports))
         population._fill(np.random.default_rng(seed), rows)
         return population
 
@@ -140,7 +144,7 @@ class Population:
 
 
 def _viewers(rng: np.random.Generator, n: int, change: dict[str, float]) -> tuple[NDArray[np.bool_], tuple[F64, F64]]:
-    """Returns who is new, and x and y of both sessions, ``[n, LINEAR]``. Half of the viewers return."""
+    """Returns who is new, and x and y of both sessions, ``[n, N_X + N_Y]``. Half of the viewers return."""
 
     def rate(metric: str) -> float:
         return change.get(metric, 1.0)
@@ -185,18 +189,30 @@ def _rows(new: NDArray[np.bool_], sessions: tuple[F64, F64], reports: NDArray[np
         for c, done in zip(classes, (first, first + second), strict=True)
     ]
     counts = [
-        np.stack(
-            [c["evidence"], c["evidence"] * new, factor * done[:, 0], c["silent"], c["saturated"], c["idle"]], axis=1
-        )
+        np.stack([c["evidence"], c["evidence"] * new, factor * done[:, 0], c["silent"], c["saturated"]], axis=1)
         for c, factor, done in zip(classes, factors, (first, first + second), strict=True)
     ]
-    one, two = (factor[:, None] for factor in factors)
-    linear = [one * first, (two - one) * first, two * second]
+    one, two = (_factors(factor, c["idle"]) for c, factor in zip(classes, factors, strict=True))
+    linear = [one[0] * _sums(first), (two[0] - one[0]) * _sums(first), two[0] * _sums(second)]
     pairs = [
-        one**2 * _products(first, first), (two**2 - one**2) * _products(first, first),
-        two**2 * 2 * _symmetric(first, second), two**2 * _products(second, second),
+        one[1] * _products(first, first), (two[1] - one[1]) * _products(first, first),
+        two[1] * 2 * _symmetric(first, second), two[1] * _products(second, second),
     ]  # fmt: skip
     return np.concatenate([counts[0], counts[1] - counts[0], *linear, *pairs], axis=1).astype(np.float32)
+
+
+def _factors(factor: F64, idle: NDArray[np.bool_]) -> tuple[F64, F64]:
+    """Returns the factors of each column of ``LINEAR`` and ``QUADRATIC``."""
+    factors = []
+    for columns, power in ((LINEAR, 1), (QUADRATIC, 2)):
+        every = np.repeat(factor[:, None] ** power, columns, axis=1)
+        every[:, columns - N_X :] *= idle[:, None]
+        factors.append(every)
+    return factors[0], factors[1]
+
+
+def _sums(done: F64) -> F64:
+    return np.concatenate([done, done[:, :N_X]], axis=1)
 
 
 def _classes(done: F64, reports: NDArray[np.bool_]) -> dict[str, NDArray[np.bool_]]:
@@ -213,7 +229,7 @@ def _classes(done: F64, reports: NDArray[np.bool_]) -> dict[str, NDArray[np.bool
 
 def _products(a: F64, b: F64) -> F64:
     xa, ya, xb, yb = a[:, :N_X], a[:, N_X:], b[:, :N_X], b[:, N_X:]
-    return np.concatenate([xa * xb, ya * yb, xa[:, X_ROW] * yb], axis=1)
+    return np.concatenate([xa * xb, ya * yb, xa[:, X_ROW] * yb, xa * xb], axis=1)
 
 
 def _symmetric(a: F64, b: F64) -> F64:

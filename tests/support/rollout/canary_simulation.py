@@ -7,7 +7,7 @@ with the real ones, reconcile by reconcile. All guardrails are healthy, so only 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,10 +34,12 @@ from reelway.platform.rollout.suspicion import (
     GroupWeights,
     compare_audiences,
     explained_harm,
+    group_share,
+    share_difference,
 )
 
 F64 = NDArray[np.float64]
-GROUPS = ("silent", "saturated", "idle")
+GROUPS = ("silent", "saturated")
 _FIRST_GROUP = COUNTS.index(GROUPS[0])
 
 RUNNING, PROMOTED, ROLLED_BACK, PAUSED = range(4)
@@ -51,7 +53,7 @@ class ArmSums:
     linear: F64  # [rollouts, LINEAR]
     quadratic: F64  # [rollouts, QUADRATIC]
     arrived: F64  # [rollouts]
-    weights: F64  # [rollouts, sum_w and sum_ww, all + silent + saturated + idle]
+    weights: F64  # [rollouts, sum_w and sum_ww, all + silent + saturated]
 
     @staticmethod
     def empty(rollouts: int) -> ArmSums:
@@ -95,15 +97,21 @@ class ArmSums:
         groups = {
             name: GroupWeights(self.weights[:, 0, i], self.weights[:, 1, i]) for i, name in enumerate(("all", *GROUPS))
         }
-        return Audience(self.arrived, **groups)
+        _, x, xx, idle_x, idle_xx = (column[:, 0] for column in self.idle_of_tests())
+        return Audience(self.arrived, **groups, evidence=GroupWeights(x, xx), idle=GroupWeights(idle_x, idle_xx))
+
+    def idle_of_tests(self) -> tuple[F64, ...]:
+        """Returns viewers, sum_x, sum_xx, idle_x and idle_xx, each [rollouts, tests]."""
+        viewers, x, _, xx, _, _ = self.of_tests()
+        return viewers, x, xx, self.linear[:, N_X + N_Y :][:, X_ROW], self.quadratic[:, N_X + 2 * N_Y :][:, X_ROW]
 
     def of_tests(self) -> tuple[F64, ...]:
         """Returns viewers, sum_x, sum_y, sum_xx, sum_yy and sum_xy, each [rollouts, tests]."""
         new = np.array([part is Slice.NEW_VIEWERS for _, part in TESTS])
         viewers = np.where(new, self.counts[:, 1:2], self.counts[:, :1])
-        x, y = self.linear[:, X_ROW], self.linear[:, N_X:]
+        x, y = self.linear[:, X_ROW], self.linear[:, N_X : N_X + N_Y]
         xx, yy = self.quadratic[:, X_ROW], self.quadratic[:, N_X : N_X + N_Y]
-        return viewers, x, y, xx, yy, self.quadratic[:, N_X + N_Y :]
+        return viewers, x, y, xx, yy, self.quadratic[:, N_X + N_Y : N_X + 2 * N_Y]
 
 
 @dataclass(frozen=True)
@@ -140,10 +148,7 @@ def judge(policy: RolloutPolicy, stable: ArmSums, canary: ArmSums) -> Bounds:
         stable.audience(), canary.audience(), alpha=policy.suspicion.alpha, margin=policy.suspicion.margin
     )
     suspected = np.stack([check.suspected for check in checks], axis=1)
-    idle = replace(
-        checks[CHECKS.index("idle_viewers")],
-        **{name: getattr(checks[CHECKS.index("idle_viewers")], name)[:, None] for name in ("difference", "error")},
-    )
+    idle = share_difference(group_share(*stable.idle_of_tests()), group_share(*canary.idle_of_tests()))
     explained = explained_harm(idle, ratio_estimate(*of_stable).value, lower)
     tainted = suspected[:, [CHECKS.index(name) for name in TAINTS_HARM]].any(1)
     established = known & (low > margin)

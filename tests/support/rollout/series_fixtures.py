@@ -58,6 +58,7 @@ def sums(arm: Arm, viewers: int, *, part: Slice = Slice.OVERALL, rate: float = 0
     release = (STABLE if arm is Arm.STABLE else CANARY)[: names.SHORT_RELEASE]
     labels = {"rollout": rollout, "release": release, "arm": arm.value, "slice": part.value}
     exposure = {"viewers": viewers, "impressions": sum(x), "sum_x": sum(x), "sum_xx": sum(v * v for v in x)}
+    exposure |= {"idle_x": 0, "idle_xx": 0}
     outcome = {
         "sum_y": sum(y),
         "sum_yy": sum(v * v for v in y),
@@ -78,7 +79,7 @@ def audience(arm: Arm, viewers: int, *, rollout: str = ROLLOUT, silent: int = 0,
     labels = {"rollout": rollout, "release": release, "arm": arm.value}
     counts = {"viewers": viewers, "impressions": 2 * viewers, "outcomes": viewers - silent, "capped_impressions": 0}
     values = {SeriesKey.of(names.AUDIENCE, {**labels, "statistic": k}): float(v) for k, v in counts.items()}
-    for group, members in {"all": viewers, "silent": silent, "saturated": 0, "idle": 0}.items():
+    for group, members in {"all": viewers, "silent": silent, "saturated": 0}.items():
         for statistic, each in (("sum_w", weight), ("sum_ww", weight**2)):
             key = SeriesKey.of(names.AUDIENCE_WEIGHT, {**labels, "kind": group, "statistic": statistic})
             values[key] = each * members

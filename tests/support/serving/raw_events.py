@@ -151,6 +151,13 @@ class _Viewer:
         limits["long_watch_rate"] = 0.9
         return shown < 5 or not any(self.y[Slice.OVERALL, m] > limit * x for m, limit in limits.items())
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether the viewer liked and watched nothing, of at least five impressions."""
+        pleased = ("long_watch_rate", "like_rate", "share_rate", "save_rate", "follow_rate")
+        overall = Slice.OVERALL
+        return self.impressions[overall] >= 5 and self.x[overall] > 0 and not any(self.y[overall, m] for m in pleased)
+
     def totals(self, part: Slice, metric: str) -> tuple[float, float, float]:
         """Impressions, x and y, as far as they count."""
         factor = min(1.0, 50 / self.impressions[Slice.OVERALL])
@@ -180,9 +187,11 @@ def recomputed(shown: Iterable[ShownImpression], done: Iterable[RawOutcome], rol
             counted = [viewer for viewer in by_id.values() if viewer.is_evidence and viewer.impressions[part]]
             for metric in OUTCOME_METRICS:
                 n, x, y = np.array([viewer.totals(part, metric) for viewer in counted]).reshape(-1, 3).T
+                idle = x * np.array([viewer.is_idle for viewer in counted], bool)
                 statistics[arm, part][metric] = ArmStatistics(
-                    len(counted), n.sum(), x.sum(), y.sum(), (x * x).sum(), (y * y).sum(), (x * y).sum()
-                )
+                    len(counted), n.sum(), x.sum(), y.sum(), (x * x).sum(), (y * y).sum(), (x * y).sum(),
+                    idle.sum(), (idle * x).sum(),
+                )  # fmt: skip
     return dict(statistics)
 
 

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.rollout.evidence import (
@@ -30,14 +31,16 @@ from reelway.platform.rollout.sequential import (
     relative_difference,
 )
 from reelway.platform.rollout.suspicion import (
-    CHECKS,
     TAINTS_HARM,
     Comparison,
     SuspicionName,
     compare_audiences,
     explained_harm,
+    group_share,
+    share_difference,
 )
 
+F64 = NDArray[np.float64]
 Finding = Literal["harm_established", "harm_excluded", "undecided", "insufficient", "telemetry_down"]
 
 
@@ -172,8 +175,7 @@ class Assessment:
 
 def assess(policy: RolloutPolicy, snapshot: EvidenceSnapshot) -> Assessment:
     """Assesses every outcome metric and guardrail of the policy. Absent evidence is ``telemetry_down``. Pure."""
-    comparisons = _compare_audiences(policy, snapshot)
-    outcomes = _assess_outcomes(policy, snapshot, comparisons)
+    outcomes = _assess_outcomes(policy, snapshot)
     first = snapshot.metrics.get((policy.outcomes[0].name, Slice.OVERALL))
     exposure = first.canary if first is not None and first.canary.is_consistent else None
     return Assessment(
@@ -181,7 +183,7 @@ def assess(policy: RolloutPolicy, snapshot: EvidenceSnapshot) -> Assessment:
         _assess_guardrails(policy, snapshot),
         int(exposure.viewers) if exposure else 0,
         int(exposure.impressions) if exposure else 0,
-        tuple(_suspicion_verdict(one) for one in comparisons),
+        tuple(_suspicion_verdict(one) for one in _compare_audiences(policy, snapshot)),
     )
 
 
@@ -203,7 +205,7 @@ _SUSPICION_TEXT: Final[dict[SuspicionName, str]] = {
     "new_viewers": "the canary's number of new viewers is not the one that its traffic weight explains",
     "silent_viewers": "the shares of viewers that reported no outcome differ",
     "saturated_viewers": "the shares of viewers with the same outcome on nearly every impression differ",
-    "idle_viewers": "the shares of viewers that report outcomes but watch nothing differ",
+    "idle_viewers": "the shares of impressions of viewers that report outcomes but watch nothing differ",
 }
 
 
@@ -221,9 +223,7 @@ def _suspicion_verdict(one: Comparison) -> SuspicionVerdict:
     return SuspicionVerdict(one.name, bool(one.suspected), stable, canary, low, high, sentence)
 
 
-def _assess_outcomes(
-    policy: RolloutPolicy, snapshot: EvidenceSnapshot, comparisons: tuple[Comparison, ...]
-) -> tuple[OutcomeVerdict, ...]:
+def _assess_outcomes(policy: RolloutPolicy, snapshot: EvidenceSnapshot) -> tuple[OutcomeVerdict, ...]:
     tests = policy.tests
     evidence = [_with_burn_in(metric, snapshot.metrics.get((metric.name, slice_))) for metric, slice_ in tests]
     stable, canary = (
@@ -236,9 +236,7 @@ def _assess_outcomes(
     margin = np.array([metric.margin_on(slice_) for metric, slice_ in tests])
     low = harm.value - rejection_boundary(harm.variance, scale, np.array(policy.rollback_alphas)) * error
     high = harm.value + rejection_boundary(harm.variance, margin, policy.alpha.promotion) * error
-    explained = np.zeros(len(tests))
-    if comparisons:
-        explained = explained_harm(comparisons[CHECKS.index("idle_viewers")], stable.value, lower)
+    explained = np.zeros(len(tests)) if policy.suspicion is None else _explained(evidence, stable.value, lower)
     return tuple(
         OutcomeVerdict(
             name=metric.name,
@@ -261,6 +259,16 @@ def _assess_outcomes(
         )
         for i, (metric, slice_) in enumerate(tests)
     )
+
+
+def _explained(evidence: Sequence[MetricEvidence], stable_value: F64, lower: NDArray[np.bool_]) -> F64:
+    """Returns the harm of each test that idle viewers explain."""
+    names = ("viewers", "sum_x", "sum_xx", "idle_x", "idle_xx")
+    stable, canary = (
+        group_share(*np.array([[getattr(getattr(e, arm), name) for name in names] for e in evidence]).T)
+        for arm in ("stable", "canary")
+    )
+    return explained_harm(share_difference(stable, canary), stable_value, lower)
 
 
 def _with_burn_in(metric: OutcomeMetric, evidence: MetricEvidence | None) -> MetricEvidence:

@@ -32,7 +32,8 @@ class ArmStatistics:
     Only viewers that are evidence count, with bounded totals (``serving.outcomes.viewer_sums``). Viewer i has totals
     ``x_i`` (impressions, each times ``sequential.overlap_weight`` of the traffic weights at that time) and ``y_i``
     (the measured quantity, times the same weight). For a ``mean`` metric ``x_i`` is 1. A viewer who returns changes
-    its own terms and adds no second one. ``viewers`` and ``impressions`` are plain counts.
+    its own terms and adds no second one. ``viewers`` and ``impressions`` are plain counts. ``idle_x`` and ``idle_xx``
+    are the parts of ``sum_x`` and ``sum_xx`` of viewers who report outcomes, but watch nothing (``suspicion``).
     """
 
     viewers: float = 0.0
@@ -42,11 +43,13 @@ class ArmStatistics:
     sum_xx: float = 0.0
     sum_yy: float = 0.0
     sum_xy: float = 0.0
+    idle_x: float = 0.0
+    idle_xx: float = 0.0
 
     @property
     def is_consistent(self) -> bool:
         """Whether the sums are finite, non-negative and possible for some set of viewers (Cauchy-Schwarz)."""
-        values = (self.viewers, self.impressions, self.sum_x, self.sum_xx, self.sum_yy)
+        values = (self.viewers, self.impressions, self.sum_x, self.sum_xx, self.sum_yy, self.idle_x, self.idle_xx)
         if not all(math.isfinite(v) and v >= 0 for v in (*values,)):
             return False
         if not (math.isfinite(self.sum_y) and math.isfinite(self.sum_xy)):
@@ -56,6 +59,8 @@ class ArmStatistics:
             self.sum_x**2 <= self.viewers * self.sum_xx * tolerance + 1e-9
             and self.sum_y**2 <= self.viewers * self.sum_yy * tolerance + 1e-9
             and self.sum_xy**2 <= self.sum_xx * self.sum_yy * tolerance + 1e-9
+            and self.idle_x <= self.sum_x * tolerance + 1e-9
+            and self.idle_xx <= self.sum_xx * tolerance + 1e-9
         )
 
 

@@ -39,7 +39,8 @@ EXPOSURE: Final = "reelway_outcomes_exposure"
 ``EXPOSURE_STATISTICS``."""
 STATISTIC: Final = "reelway_outcomes_statistic"
 """Gauge; labels as ``EXPOSURE`` plus ``metric``; ``statistic``: one of ``METRIC_STATISTICS``."""
-EXPOSURE_STATISTICS: Final = ("viewers", "impressions", "sum_x", "sum_xx")
+EXPOSURE_STATISTICS: Final = ("viewers", "impressions", "sum_x", "sum_xx", "idle_x", "idle_xx")
+"""``idle_x`` and ``idle_xx``: of viewers with outcomes, but no long watch, like, share, save or follow."""
 METRIC_STATISTICS: Final = ("sum_y", "sum_yy", "sum_xy")
 AUDIENCE: Final = "reelway_outcomes_audience_total"
 """Counter over all viewers of an arm. Labels rollout, release, arm, ``statistic``: one of ``AUDIENCE_COUNTS``."""
@@ -48,9 +49,8 @@ AUDIENCE_COUNTS: Final = ("viewers", "impressions", "outcomes", "capped_impressi
 AUDIENCE_WEIGHT: Final = "reelway_outcomes_audience_weight"
 """Gauge: overlap weights of viewers' first impressions in a rollout. Labels as ``AUDIENCE``, ``kind``: one of
 ``AUDIENCE_GROUPS``, ``statistic``: one of ``WEIGHT_STATISTICS``."""
-AUDIENCE_GROUPS: Final = ("all", "silent", "saturated", "idle")
-"""``silent``: without any outcome. ``saturated``: the same outcome on nearly every impression. ``idle``: outcomes,
-but no long watch, like, share, save or follow."""
+AUDIENCE_GROUPS: Final = ("all", "silent", "saturated")
+"""``silent``: without any outcome. ``saturated``: the same outcome on nearly every impression."""
 WEIGHT_STATISTICS: Final = ("sum_w", "sum_ww")
 AUDIENCE_STATISTICS: Final = (
     *AUDIENCE_COUNTS, *((group, statistic) for statistic in WEIGHT_STATISTICS for group in AUDIENCE_GROUPS),

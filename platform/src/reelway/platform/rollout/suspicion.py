@@ -13,9 +13,9 @@ are comparable over the ramp, and a viewer that moves from stable to the canary 
   a user must look. Harm among the others still rolls back.
 - ``saturated_viewers``: the shares of viewers with the same outcome on nearly every impression differ: forged outcomes.
   They are not in the metrics either.
-- ``idle_viewers``: the shares of viewers who report but watch nothing differ. They are in the metrics, because a canary
-  that shows bad videos has such viewers. Harm that they alone explain does not roll back, unless they are more than
-  ``MAX_FORGED_SHARE`` of the canary's viewers (``explained_harm``).
+- ``idle_viewers``: the shares of impressions of viewers who report but watch nothing differ. They are in the metrics,
+  because a canary that shows bad videos has such viewers. Harm that they alone explain does not roll back, unless the
+  excess is more than ``MAX_FORGED_SHARE`` of the impressions (``explained_harm``).
 
 The tests are one-sided confidence sequences like those of the outcome metrics (``sequential``), with a margin. Their
 ``alpha`` is divided over all checks and both sides.
@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from reelway.platform.rollout.sequential import Estimate, ratio_estimate, rejection_boundary
 
@@ -43,8 +43,9 @@ TUNED_FOR: Final = 0.05
 """Difference beyond the margin that is noticed with the fewest viewers."""
 LEAST_SHARE_VARIANCE: Final = 0.01
 """Variance of one viewer's membership below which an estimate of it is not trusted: few members were seen."""
-MAX_FORGED_SHARE: Final = 0.25
-"""Largest excess of idle viewers on the canary that may be forged. A larger one is harm."""
+MAX_FORGED_SHARE: Final = 0.4
+"""Largest excess of idle viewers' impressions on the canary that may be forged. A larger one is harm. An attacker
+with a tenth of the accounts, each of which counts as often as one viewer can, has a third of the impressions."""
 NOTABLE_EXCESS: Final = 0.01
 """Smallest excess of idle viewers that may explain harm, if it is also ``NOTABLE_ERRORS`` standard errors."""
 NOTABLE_ERRORS: Final = 3.0
@@ -62,20 +63,18 @@ NOBODY: Final = GroupWeights()
 
 @dataclass(frozen=True, slots=True)
 class Audience:
-    """All viewers of an arm since the rollout began, by group; see ``metric_names.AUDIENCE_GROUPS``."""
+    """All viewers of an arm since the rollout began, by group; see ``metric_names.AUDIENCE_GROUPS``.
+
+    ``evidence`` and ``idle`` are weighted by impressions (``ArmStatistics.sum_x``), the other groups by the overlap
+    weight of the viewers' first impressions.
+    """
 
     viewers: float | F64 = 0.0
     all: GroupWeights = NOBODY
     silent: GroupWeights = NOBODY
     saturated: GroupWeights = NOBODY
+    evidence: GroupWeights = NOBODY
     idle: GroupWeights = NOBODY
-
-    def share(self, group: GroupWeights) -> Estimate:
-        """Returns the weighted share of a group and its variance, at least that of 1 %. NaN without viewers."""
-        share = ratio_estimate(self.viewers, self.all.sum_w, group.sum_w, self.all.sum_ww, group.sum_ww, group.sum_ww)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            least = LEAST_SHARE_VARIANCE * np.asarray(self.all.sum_ww) / np.asarray(self.all.sum_w) ** 2
-        return Estimate(share.value, np.maximum(share.variance, least), share.viewers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,31 +105,46 @@ def compare_audiences(stable: Audience, canary: Audience, *, alpha: float, margi
     """
     known = (np.asarray(stable.viewers) >= MINIMUM_VIEWERS) & (np.asarray(canary.viewers) >= MINIMUM_VIEWERS)
     each = alpha / (2 * len(CHECKS))
-    numbers = _Side.of_numbers(stable, canary)
-    sides = [numbers]
-    for group in ("silent", "saturated", "idle"):
-        shares = [arm.share(getattr(arm, group)) for arm in (stable, canary)]
-        sides.append(
-            _Side(shares[0].value, shares[1].value, shares[1].value - shares[0].value,
-                  shares[0].variance + shares[1].variance)
-        )  # fmt: skip
+    sides = [_Side.of_numbers(stable, canary)]
+    for group, whole in (("silent", "all"), ("saturated", "all"), ("idle", "evidence")):
+        shares = [group_share(arm.viewers, *getattr(arm, whole), *getattr(arm, group)) for arm in (stable, canary)]
+        difference = share_difference(shares[0], shares[1])
+        sides.append(_Side(shares[0].value, shares[1].value, difference.value, difference.variance))
     return tuple(side.judged(name, known, each, margin) for name, side in zip(CHECKS, sides, strict=True))
 
 
-def explained_harm(idle: Comparison, stable_value: F64, lower_is_better: NDArray[np.bool_]) -> F64:
+def group_share(
+    viewers: ArrayLike, sum_w: ArrayLike, sum_ww: ArrayLike, group_w: ArrayLike, group_ww: ArrayLike
+) -> Estimate:
+    """Returns the weighted share of a group and its variance, at least that of a share of 1 %. NaN without viewers."""
+    share = ratio_estimate(viewers, sum_w, group_w, sum_ww, group_ww, group_ww)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        least = LEAST_SHARE_VARIANCE * np.asarray(sum_ww, float) / np.asarray(sum_w, float) ** 2
+    return Estimate(share.value, np.maximum(share.variance, least), share.viewers)
+
+
+def share_difference(stable: Estimate, canary: Estimate) -> Estimate:
+    """Returns the canary's share less stable's."""
+    return Estimate(
+        canary.value - stable.value, canary.variance + stable.variance, np.minimum(canary.viewers, stable.viewers)
+    )
+
+
+def explained_harm(idle: Estimate, stable_value: F64, lower_is_better: NDArray[np.bool_]) -> F64:
     """Returns the relative harm that the canary's excess of idle viewers explains; 0 if the excess is not notable.
 
-    An idle viewer has nothing of what is good, and at most one outcome per impression of what is bad. With the share
-    d more of them, a good metric of value m falls by ``d m``, and a bad one rises by at most ``d (1 - m)``.
+    An idle viewer has nothing of what is good, and at most one outcome per impression of what is bad. With the share d
+    more of their impressions, a good metric of value m falls by ``d m``, and a bad one rises by at most ``d (1 - m)``.
 
     Args:
+        idle: canary's share of idle viewers' impressions less stable's, on the metric's slice.
         stable_value: the metric's value on stable, per impression.
     """
-    excess = idle.difference
-    notable = (excess > NOTABLE_EXCESS) & (excess > NOTABLE_ERRORS * idle.error) & (excess <= MAX_FORGED_SHARE)
+    excess = idle.value
     with np.errstate(divide="ignore", invalid="ignore"):
+        notable = excess > np.maximum(NOTABLE_EXCESS, NOTABLE_ERRORS * np.sqrt(idle.variance))
         factor = np.where(lower_is_better, np.maximum(1.0 - stable_value, 0.0) / stable_value, 1.0)
-    return np.where(notable, excess * factor, 0.0)
+        return np.where(notable & (excess <= MAX_FORGED_SHARE), excess * factor, 0.0)
 
 
 class _Side(NamedTuple):

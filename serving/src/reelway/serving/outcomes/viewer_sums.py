@@ -146,11 +146,12 @@ def contributions(viewers: ViewerTotals) -> tuple[F64, F64]:
     y = np.minimum(totals[:, :, FIRST_METRIC_COLUMN:] * scale_US1, LARGEST_PER_IMPRESSION * x)
     sums = np.empty((*counted_US.shape, SUMS_PER_ARM))
     sums[:, :, 0], sums[:, :, 1] = counted_US, totals[:, :, 0] * scale_US1[:, :, 0]
-    sums[:, :, 2:3], sums[:, :, 3:4] = x, x * x
+    idle_x = x * classes.idle[:, None, None]
+    sums[:, :, 2:_EXPOSURES] = np.concatenate([x, x * x, idle_x, idle_x * x], axis=2)
     sums[:, :, _EXPOSURES::3] = y
     sums[:, :, _EXPOSURES + 1 :: 3] = y * y
     sums[:, :, _EXPOSURES + 2 :: 3] = x * y
-    groups = np.stack([np.ones(len(impressions)), classes.silent, classes.saturated, classes.idle], axis=1)
+    groups = np.stack([np.ones(len(impressions)), classes.silent, classes.saturated], axis=1)
     weighted = groups * viewers.arrival[:, None]
     counts = [viewers.shown, impressions, viewers.outcomes, impressions * (1.0 - factor)]
     audience = np.concatenate([np.stack(counts, axis=1), weighted, weighted * viewers.arrival[:, None]], axis=1)
@@ -204,9 +205,9 @@ def statistics_of(sums_SK: F64) -> dict[Slice, dict[str, ArmStatistics]]:
     """One arm's sums as ``ArmStatistics``, by slice and metric."""
     statistics: dict[Slice, dict[str, ArmStatistics]] = {}
     for slice_, row in zip(SLICES, sums_SK.tolist(), strict=True):
-        viewers, impressions, sum_x, sum_xx = row[:_EXPOSURES]
+        viewers, impressions, sum_x, sum_xx, idle_x, idle_xx = row[:_EXPOSURES]
         statistics[slice_] = {
-            metric: ArmStatistics(viewers, impressions, sum_x, sum_y, sum_xx, sum_yy, sum_xy)
+            metric: ArmStatistics(viewers, impressions, sum_x, sum_y, sum_xx, sum_yy, sum_xy, idle_x, idle_xx)
             for metric, sum_y, sum_yy, sum_xy in zip(
                 METRICS, row[_EXPOSURES::3], row[_EXPOSURES + 1 :: 3], row[_EXPOSURES + 2 :: 3], strict=True
             )

@@ -128,6 +128,9 @@ def _audience(arm: Arm, newest: dict[_Key, float]) -> Audience | str | None:
         group: GroupWeights(*(weights[group, statistic] or 0.0 for statistic in names.WEIGHT_STATISTICS))
         for group in names.AUDIENCE_GROUPS
     }
+    for group, statistics in (("evidence", ("sum_x", "sum_xx")), ("idle", ("idle_x", "idle_xx"))):
+        keys = [_Key(arm, Slice.OVERALL, "", statistic, names.EXPOSURE) for statistic in statistics]
+        groups[group] = GroupWeights(*(newest.get(key, 0.0) for key in keys))
     return Audience(count or 0.0, **groups)
 
 
@@ -147,7 +150,10 @@ def _evidence(metric: OutcomeMetric, part: Slice, newest: dict[_Key, float]) -> 
 
 
 def _arm(metric: OutcomeMetric, part: Slice, arm: Arm, newest: dict[_Key, float]) -> ArmStatistics | str:
-    """Returns one arm's sums, or an error message. With ``kind: mean`` every viewer has x_i = 1."""
+    """Returns one arm's sums, or an error message. With ``kind: mean`` every viewer has x_i = 1.
+
+    Idle viewers then have the share of viewers that they have of impressions.
+    """
     exposure = {name: newest.get(_Key(arm, part, "", name, names.EXPOSURE)) for name in names.EXPOSURE_STATISTICS}
     if all(value is None for value in exposure.values()):
         return ArmStatistics()  # the collector answers, and this arm has no impressions
@@ -163,5 +169,6 @@ def _arm(metric: OutcomeMetric, part: Slice, arm: Arm, newest: dict[_Key, float]
         values[name] = value
     if metric.kind == "mean":
         viewers = values["viewers"]
-        values |= {"sum_x": viewers, "sum_xx": viewers, "sum_xy": values["sum_y"]}
+        idle = values["idle_x"] / values["sum_x"] * viewers if values["sum_x"] else 0.0
+        values |= {"sum_x": viewers, "sum_xx": viewers, "sum_xy": values["sum_y"], "idle_x": idle, "idle_xx": idle}
     return ArmStatistics(**values)
