@@ -236,7 +236,7 @@ def _assess_outcomes(policy: RolloutPolicy, snapshot: EvidenceSnapshot) -> tuple
     margin = np.array([metric.margin_on(slice_) for metric, slice_ in tests])
     low = harm.value - rejection_boundary(harm.variance, scale, np.array(policy.rollback_alphas)) * error
     high = harm.value + rejection_boundary(harm.variance, margin, policy.alpha.promotion) * error
-    explained = np.zeros(len(tests)) if policy.suspicion is None else _explained(evidence, stable.value, lower)
+    explained = np.zeros(len(tests)) if policy.suspicion is None else _explained(policy, evidence, stable.value, lower)
     return tuple(
         OutcomeVerdict(
             name=metric.name,
@@ -261,14 +261,19 @@ def _assess_outcomes(policy: RolloutPolicy, snapshot: EvidenceSnapshot) -> tuple
     )
 
 
-def _explained(evidence: Sequence[MetricEvidence], stable_value: F64, lower: NDArray[np.bool_]) -> F64:
+def _explained(
+    policy: RolloutPolicy, evidence: Sequence[MetricEvidence], stable_value: F64, lower: NDArray[np.bool_]
+) -> F64:
     """Returns the harm of each test that idle viewers explain."""
     names = ("viewers", "sum_x", "sum_xx", "idle_x", "idle_xx")
     stable, canary = (
         group_share(*np.array([[getattr(getattr(e, arm), name) for name in names] for e in evidence]).T)
         for arm in ("stable", "canary")
     )
-    return explained_harm(share_difference(stable, canary), stable_value, lower)
+    idle = share_difference(stable, canary)
+    overall = next(i for i, (_, slice_) in enumerate(policy.tests) if slice_ is Slice.OVERALL)
+    on_all = Estimate(idle.value[overall], idle.variance[overall], idle.viewers[overall])
+    return explained_harm(idle, on_all, stable_value, lower)
 
 
 def _with_burn_in(metric: OutcomeMetric, evidence: MetricEvidence | None) -> MetricEvidence:
