@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -33,11 +33,12 @@ from reelway.platform.rollout.sequential import (
 from reelway.platform.rollout.suspicion import (
     TAINTS_HARM,
     Comparison,
-    SuspicionName,
+    SuspicionVerdict,
     compare_audiences,
     explained_harm,
     group_share,
     share_difference,
+    suspicion_verdict,
 )
 
 F64 = NDArray[np.float64]
@@ -116,19 +117,6 @@ class GuardrailVerdict:
 
 
 @dataclass(frozen=True, slots=True)
-class SuspicionVerdict:
-    """One comparison of the arms' audiences. ``suspected``: viewers or outcomes may be forged."""
-
-    name: SuspicionName
-    suspected: bool
-    stable: float
-    canary: float
-    low: float
-    high: float
-    sentence: str
-
-
-@dataclass(frozen=True, slots=True)
 class Assessment:
     """All verdicts at one moment."""
 
@@ -183,7 +171,7 @@ def assess(policy: RolloutPolicy, snapshot: EvidenceSnapshot) -> Assessment:
         _assess_guardrails(policy, snapshot),
         int(exposure.viewers) if exposure else 0,
         int(exposure.impressions) if exposure else 0,
-        tuple(_suspicion_verdict(one) for one in _compare_audiences(policy, snapshot)),
+        tuple(suspicion_verdict(one) for one in _compare_audiences(policy, snapshot)),
     )
 
 
@@ -199,28 +187,6 @@ def _compare_audiences(policy: RolloutPolicy, snapshot: EvidenceSnapshot) -> tup
     if policy.suspicion is None or stable is None or canary is None:
         return ()
     return compare_audiences(stable, canary, alpha=policy.suspicion.alpha, margin=policy.suspicion.margin)
-
-
-_SUSPICION_TEXT: Final[dict[SuspicionName, str]] = {
-    "new_viewers": "the canary's number of new viewers is not the one that its traffic weight explains",
-    "silent_viewers": "the shares of viewers that reported no outcome differ",
-    "saturated_viewers": "the shares of viewers with the same outcome on nearly every impression differ",
-    "idle_viewers": "the shares of impressions of viewers that report outcomes but watch nothing differ",
-}
-
-
-def _suspicion_verdict(one: Comparison) -> SuspicionVerdict:
-    stable, canary, low, high = (float(value) for value in (one.stable, one.canary, one.low, one.high))
-    if one.name == "new_viewers":
-        numbers = f"canary {canary / stable - 1.0:+.1%} against stable" if stable > 0 else "no viewers on stable"
-        ends = f"{low:+.1%}..{high:+.1%}"
-    else:
-        numbers = f"canary {canary:.1%}, stable {stable:.1%}"
-        ends = f"{100 * low:+.1f}..{100 * high:+.1f} percentage points"
-    finding = "suspected forgery" if bool(one.suspected) else "not suspicious"
-    text = f": {_SUSPICION_TEXT[one.name]}" if bool(one.suspected) else ""
-    sentence = f"{one.name.replace('_', ' ')}: {finding}{text} ({numbers}, at any time within {ends})"
-    return SuspicionVerdict(one.name, bool(one.suspected), stable, canary, low, high, sentence)
 
 
 def _assess_outcomes(policy: RolloutPolicy, snapshot: EvidenceSnapshot) -> tuple[OutcomeVerdict, ...]:

@@ -92,6 +92,26 @@ class Comparison:
     suspected: NDArray[np.bool_]
 
 
+@dataclass(frozen=True, slots=True)
+class SuspicionVerdict:
+    """One comparison of the arms' audiences. ``suspected``: viewers or outcomes may be forged."""
+
+    name: SuspicionName
+    suspected: bool
+    stable: float
+    canary: float
+    low: float
+    high: float
+    sentence: str
+
+
+_SUSPICION_TEXT: Final[dict[SuspicionName, str]] = {
+    "new_viewers": "the canary's number of new viewers is not the one that its traffic weight explains",
+    "silent_viewers": "the shares of viewers that reported no outcome differ",
+    "saturated_viewers": "the shares of viewers with the same outcome on nearly every impression differ",
+    "idle_viewers": "the shares of impressions of viewers that report outcomes but watch nothing differ",
+}
+
 CHECKS: Final[tuple[SuspicionName, ...]] = ("new_viewers", "silent_viewers", "saturated_viewers", "idle_viewers")
 TAINTS_HARM: Final = frozenset[SuspicionName]({"new_viewers"})
 """Suspicions under which established harm does not roll back."""
@@ -149,6 +169,21 @@ def explained_harm(idle: Estimate, overall: Estimate, stable_value: F64, lower_i
         real = overall.value - NOTABLE_ERRORS * np.sqrt(overall.variance) > MAX_FORGED_SHARE
         factor = np.where(lower_is_better, np.maximum(1.0 - stable_value, 0.0) / stable_value, 1.0)
         return np.where(notable & ~real, excess * factor, 0.0)
+
+
+def suspicion_verdict(one: Comparison) -> SuspicionVerdict:
+    """Returns the comparison as numbers and a sentence."""
+    stable, canary, low, high = (float(value) for value in (one.stable, one.canary, one.low, one.high))
+    if one.name == "new_viewers":
+        numbers = f"canary {canary / stable - 1.0:+.1%} against stable" if stable > 0 else "no viewers on stable"
+        ends = f"{low:+.1%}..{high:+.1%}"
+    else:
+        numbers = f"canary {canary:.1%}, stable {stable:.1%}"
+        ends = f"{100 * low:+.1f}..{100 * high:+.1f} percentage points"
+    finding = "suspected forgery" if bool(one.suspected) else "not suspicious"
+    text = f": {_SUSPICION_TEXT[one.name]}" if bool(one.suspected) else ""
+    sentence = f"{one.name.replace('_', ' ')}: {finding}{text} ({numbers}, at any time within {ends})"
+    return SuspicionVerdict(one.name, bool(one.suspected), stable, canary, low, high, sentence)
 
 
 class _Side(NamedTuple):
