@@ -59,13 +59,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     policy = default_policy().model_copy(update={"longest_tick_s": 1200.0})
     same = Population(1)
     if only_attacks:
-        write_report("canary-attacks", attacks(policy, same, max(20, int(400 * scale))))
+        write_report("canary-attacks", attacks(policy, same, max(20, int(300 * scale))))
         return
     rows = [
         *false_rollbacks(policy, same, max(20, int(10_000 * scale))),
         *false_promotions(policy, same, max(60, int(10_000 * scale))),
         *detection(policy, same, max(100, int(2_000 * scale))),
-        *attacks(policy, same, max(20, int(400 * scale))),
+        *attacks(policy, same, max(20, int(300 * scale))),
         *outages(policy, same, max(40, int(1_000 * scale))),
         *histories(max(200, int(100_000 * scale))),
         Row("variance that pre-period data would remove (not implemented)", 100 * cuped_saving(same), "%"),

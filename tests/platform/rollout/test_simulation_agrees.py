@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from tests.support.rollout.canary_attacks import MODES, attack_kinds
 from tests.support.rollout.canary_outage import play_both
 from tests.support.rollout.canary_peers import ArgoRollouts, Flagger, Kayenta
 from tests.support.rollout.canary_population import COUNTS, N_X, Population
 from tests.support.rollout.canary_simulation import (
     PROMOTED,
     ROLLED_BACK,
+    RUNNING,
     Scenario,
     Simulation,
     clopper_pearson,
@@ -31,6 +33,19 @@ def test_simulation_decides_as_the_decision_rules_do(populations: dict[str, Popu
     simulation = Simulation(scenario, 30, np.random.default_rng(4))
     assert play_both(simulation, list(range(6))) == []
     assert (simulation.outcome[:6] == end).all()
+
+
+@pytest.mark.parametrize("number", [0, 1, 3], ids=["forged", "idle", "silent"])
+def test_simulated_suspicion_holds_as_the_decision_rules_do(populations: dict[str, Population], number: int) -> None:
+    """An attacker with a tenth of the accounts neither rolls back nor promotes."""
+    policy = default_policy().model_copy(update={"longest_tick_s": 1e4, "evidence_max_age_s": 1e4})
+    same, kind = populations["same"], attack_kinds()[number]
+    attackers = kind.attackers(MODES[0], 0.1, 3_000, same, same)
+    scenario = Scenario(policy, same, same, 3_000, reconcile_times(60, 5_400, 1_200, 12_000), attackers=attackers)
+    simulation = Simulation(scenario, 6, np.random.default_rng(4))
+    assert play_both(simulation, [0, 1]) == []
+    assert simulation.ever_suspected.all()
+    assert (simulation.outcome == RUNNING).all()
 
 
 def test_cohorts_of_every_size_have_the_moments_of_the_pool(populations: dict[str, Population]) -> None:

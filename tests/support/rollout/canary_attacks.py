@@ -75,11 +75,9 @@ class AttackKind:
 
 def attack_kinds() -> tuple[AttackKind, ...]:
     """Returns forged watches, empty exposures and floods, each to cause a rollback and to hide harm."""
-    full, flood = (Population.forged(5, size, long_watch=1.0, skip=0.0) for size in (SLATE, FLOOD))
-    none, nothing = (Population.forged(6, size, long_watch=0.0, skip=1.0) for size in (SLATE, FLOOD))
-    silent, silent_flood = (
-        Population.forged(7, size, long_watch=0.0, skip=0.0, reports=False) for size in (SLATE, FLOOD)
-    )
+    full, flood = (Population.forged(size, long_watch=1.0, skip=0.0) for size in (SLATE, FLOOD))
+    none, nothing = (Population.forged(size, long_watch=0.0, skip=1.0) for size in (SLATE, FLOOD))
+    silent, silent_flood = (Population.forged(size, long_watch=0.0, skip=0.0, reports=False) for size in (SLATE, FLOOD))
     return (
         AttackKind("watches forged on stable", full, full, canary=False, hides_harm=False),
         AttackKind("watches of nothing forged on the canary", none, none, canary=True, hides_harm=False),

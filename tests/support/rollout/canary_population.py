@@ -85,7 +85,7 @@ class Population:
         self._fill(rng, _rows(new, self.sessions, rng.random(POOL) >= NEVER_REPORTS))
 
     @classmethod
-    def forged(cls, seed: int, impressions: int, *, long_watch: float, skip: float, reports: bool = True) -> Population:
+    def forged(cls, impressions: int, *, long_watch: float, skip: float, reports: bool = True) -> Population:
         """Returns viewers that somebody invented, all of whom do the same on every impression of one session.
 
         Args:
@@ -93,7 +93,7 @@ class Population:
             skip: whether they skip every video.
             reports: whether they report at all.
         """
-        first = np.zeros((POOL, N_X + N_Y))
+        first = np.zeros((1, N_X + N_Y))
         first[:, 0], first[:, 1], first[:, 2], first[:, 3] = (
             impressions, impressions, impressions // 5, impressions // 4
         )  # fmt: skip
@@ -103,8 +103,7 @@ class Population:
             first[:, N_X + row] = x * rate.get(metric, long_watch if metric == "like_rate" else 0.0)
         population = cls.__new__(cls)
         population.sessions = (first, np.zeros_like(first))
-        rows = _rows(np.ones(POOL, bool), population.sessions, np.full(POOL, reports))
-        population._fill(np.random.default_rng(seed), rows)
+        population.rows = _rows(np.ones(1, bool), population.sessions, np.full(1, reports))
         return population
 
     def _fill(self, rng: np.random.Generator, rows: F32) -> None:
@@ -121,6 +120,8 @@ class Population:
 
     def cohorts(self, rng: np.random.Generator, viewers: NDArray[np.int64]) -> Cohorts:
         """Draws one cohort of this many viewers for each rollout."""
+        if len(self.rows) == 1:  # all viewers are equal
+            return _split(viewers, viewers[:, None].astype(np.float32) * self.rows)
         sums = np.zeros((len(viewers), self.rows.shape[1]), dtype=np.float32)
         large = viewers >= GAUSSIAN_FROM
         if large.any():
@@ -134,13 +135,18 @@ class Population:
             for taken in range(int(count.max(initial=0))):
                 where = np.flatnonzero(count > taken)
                 sums[where] += block[rng.integers(0, len(block), len(where))]
-        ends = np.cumsum([2 * len(COUNTS), 3 * LINEAR, 4 * QUADRATIC])
-        return Cohorts(
-            viewers.astype(np.float32),
-            sums[:, : ends[0]].reshape(-1, 2, len(COUNTS)),
-            sums[:, ends[0] : ends[1]].reshape(-1, 3, LINEAR),
-            sums[:, ends[1] : ends[2]].reshape(-1, 4, QUADRATIC),
-        )
+        return _split(viewers, sums)
+
+
+def _split(viewers: NDArray[np.int64], sums: F32) -> Cohorts:
+    """Returns sums of rows ``[rollouts, columns]`` as cohorts."""
+    ends = np.cumsum([2 * len(COUNTS), 3 * LINEAR, 4 * QUADRATIC])
+    return Cohorts(
+        viewers.astype(np.float32),
+        sums[:, : ends[0]].reshape(-1, 2, len(COUNTS)),
+        sums[:, ends[0] : ends[1]].reshape(-1, 3, LINEAR),
+        sums[:, ends[1] : ends[2]].reshape(-1, 4, QUADRATIC),
+    )
 
 
 def _viewers(rng: np.random.Generator, n: int, change: dict[str, float]) -> tuple[NDArray[np.bool_], tuple[F64, F64]]:

@@ -26,7 +26,7 @@ from tests.support.rollout.canary_population import (
 
 from reelway.platform.rollout.assessment import harm_of
 from reelway.platform.rollout.policy import RolloutPolicy, Slice
-from reelway.platform.rollout.sequential import BASIS_POINTS, ratio_estimate, rejection_boundary
+from reelway.platform.rollout.sequential import BASIS_POINTS, Estimate, ratio_estimate, rejection_boundary
 from reelway.platform.rollout.suspicion import (
     CHECKS,
     TAINTS_HARM,
@@ -149,7 +149,8 @@ def judge(policy: RolloutPolicy, stable: ArmSums, canary: ArmSums) -> Bounds:
     )
     suspected = np.stack([check.suspected for check in checks], axis=1)
     idle = share_difference(group_share(*stable.idle_of_tests()), group_share(*canary.idle_of_tests()))
-    explained = explained_harm(idle, ratio_estimate(*of_stable).value, lower)
+    overall = Estimate(idle.value[:, :1], idle.variance[:, :1], idle.viewers[:, :1])
+    explained = explained_harm(idle, overall, ratio_estimate(*of_stable).value, lower)
     tainted = suspected[:, [CHECKS.index(name) for name in TAINTS_HARM]].any(1)
     established = known & (low > margin)
     proven = established & (low - explained > margin) & ~tainted[:, None]

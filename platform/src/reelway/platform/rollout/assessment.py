@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -33,11 +33,12 @@ from reelway.platform.rollout.sequential import (
 from reelway.platform.rollout.suspicion import (
     TAINTS_HARM,
     Comparison,
-    SuspicionName,
+    SuspicionVerdict,
     compare_audiences,
     explained_harm,
     group_share,
     share_difference,
+    suspicion_verdict,
 )
 
 F64 = NDArray[np.float64]
@@ -116,19 +117,6 @@ class GuardrailVerdict:
 
 
 @dataclass(frozen=True, slots=True)
-class SuspicionVerdict:
-    """One comparison of the arms' audiences. ``suspected``: viewers or outcomes may be forged."""
-
-    name: SuspicionName
-    suspected: bool
-    stable: float
-    canary: float
-    low: float
-    high: float
-    sentence: str
-
-
-@dataclass(frozen=True, slots=True)
 class Assessment:
     """All verdicts at one moment."""
 
@@ -183,7 +171,7 @@ def assess(policy: RolloutPolicy, snapshot: EvidenceSnapshot) -> Assessment:
         _assess_guardrails(policy, snapshot),
         int(exposure.viewers) if exposure else 0,
         int(exposure.impressions) if exposure else 0,
-        tuple(_suspicion_verdict(one) for one in _compare_audiences(policy, snapshot)),
+        tuple(suspicion_verdict(one) for one in _compare_audiences(policy, snapshot)),
     )
 
 
@@ -201,28 +189,6 @@ def _compare_audiences(policy: RolloutPolicy, snapshot: EvidenceSnapshot) -> tup
     return compare_audiences(stable, canary, alpha=policy.suspicion.alpha, margin=policy.suspicion.margin)
 
 
-_SUSPICION_TEXT: Final[dict[SuspicionName, str]] = {
-    "new_viewers": "the canary's number of new viewers is not the one that its traffic weight explains",
-    "silent_viewers": "the shares of viewers that reported no outcome differ",
-    "saturated_viewers": "the shares of viewers with the same outcome on nearly every impression differ",
-    "idle_viewers": "the shares of impressions of viewers that report outcomes but watch nothing differ",
-}
-
-
-def _suspicion_verdict(one: Comparison) -> SuspicionVerdict:
-    stable, canary, low, high = (float(value) for value in (one.stable, one.canary, one.low, one.high))
-    if one.name == "new_viewers":
-        numbers = f"canary {canary / stable - 1.0:+.1%} against stable" if stable > 0 else "no viewers on stable"
-        ends = f"{low:+.1%}..{high:+.1%}"
-    else:
-        numbers = f"canary {canary:.1%}, stable {stable:.1%}"
-        ends = f"{100 * low:+.1f}..{100 * high:+.1f} percentage points"
-    finding = "suspected forgery" if bool(one.suspected) else "not suspicious"
-    text = f": {_SUSPICION_TEXT[one.name]}" if bool(one.suspected) else ""
-    sentence = f"{one.name.replace('_', ' ')}: {finding}{text} ({numbers}, at any time within {ends})"
-    return SuspicionVerdict(one.name, bool(one.suspected), stable, canary, low, high, sentence)
-
-
 def _assess_outcomes(policy: RolloutPolicy, snapshot: EvidenceSnapshot) -> tuple[OutcomeVerdict, ...]:
     tests = policy.tests
     evidence = [_with_burn_in(metric, snapshot.metrics.get((metric.name, slice_))) for metric, slice_ in tests]
@@ -236,7 +202,7 @@ def _assess_outcomes(policy: RolloutPolicy, snapshot: EvidenceSnapshot) -> tuple
     margin = np.array([metric.margin_on(slice_) for metric, slice_ in tests])
     low = harm.value - rejection_boundary(harm.variance, scale, np.array(policy.rollback_alphas)) * error
     high = harm.value + rejection_boundary(harm.variance, margin, policy.alpha.promotion) * error
-    explained = np.zeros(len(tests)) if policy.suspicion is None else _explained(evidence, stable.value, lower)
+    explained = np.zeros(len(tests)) if policy.suspicion is None else _explained(policy, evidence, stable.value, lower)
     return tuple(
         OutcomeVerdict(
             name=metric.name,
@@ -261,14 +227,19 @@ def _assess_outcomes(policy: RolloutPolicy, snapshot: EvidenceSnapshot) -> tuple
     )
 
 
-def _explained(evidence: Sequence[MetricEvidence], stable_value: F64, lower: NDArray[np.bool_]) -> F64:
+def _explained(
+    policy: RolloutPolicy, evidence: Sequence[MetricEvidence], stable_value: F64, lower: NDArray[np.bool_]
+) -> F64:
     """Returns the harm of each test that idle viewers explain."""
     names = ("viewers", "sum_x", "sum_xx", "idle_x", "idle_xx")
     stable, canary = (
         group_share(*np.array([[getattr(getattr(e, arm), name) for name in names] for e in evidence]).T)
         for arm in ("stable", "canary")
     )
-    return explained_harm(share_difference(stable, canary), stable_value, lower)
+    idle = share_difference(stable, canary)
+    overall = next(i for i, (_, slice_) in enumerate(policy.tests) if slice_ is Slice.OVERALL)
+    on_all = Estimate(idle.value[overall], idle.variance[overall], idle.viewers[overall])
+    return explained_harm(idle, on_all, stable_value, lower)
 
 
 def _with_burn_in(metric: OutcomeMetric, evidence: MetricEvidence | None) -> MetricEvidence:

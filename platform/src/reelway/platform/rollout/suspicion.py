@@ -39,8 +39,9 @@ SuspicionName = Literal["new_viewers", "silent_viewers", "saturated_viewers", "i
 
 MINIMUM_VIEWERS: Final = 200
 """New viewers of each arm from which on the audiences are compared: burn-in of the asymptotic tests."""
-TUNED_FOR: Final = 0.05
-"""Difference beyond the margin that is noticed with the fewest viewers."""
+TUNED_FOR: Final = {"new_viewers": 0.5, "silent_viewers": 0.05, "saturated_viewers": 0.05, "idle_viewers": 0.05}
+"""Difference beyond the margin that is noticed with the fewest viewers. At a weight of 1 %, an attacker with 1 % of the
+requests doubles the canary's viewers."""
 LEAST_SHARE_VARIANCE: Final = 0.01
 """Variance of one viewer's membership below which an estimate of it is not trusted: few members were seen."""
 MAX_FORGED_SHARE: Final = 0.4
@@ -91,6 +92,26 @@ class Comparison:
     suspected: NDArray[np.bool_]
 
 
+@dataclass(frozen=True, slots=True)
+class SuspicionVerdict:
+    """One comparison of the arms' audiences. ``suspected``: viewers or outcomes may be forged."""
+
+    name: SuspicionName
+    suspected: bool
+    stable: float
+    canary: float
+    low: float
+    high: float
+    sentence: str
+
+
+_SUSPICION_TEXT: Final[dict[SuspicionName, str]] = {
+    "new_viewers": "the canary's number of new viewers is not the one that its traffic weight explains",
+    "silent_viewers": "the shares of viewers that reported no outcome differ",
+    "saturated_viewers": "the shares of viewers with the same outcome on nearly every impression differ",
+    "idle_viewers": "the shares of impressions of viewers that report outcomes but watch nothing differ",
+}
+
 CHECKS: Final[tuple[SuspicionName, ...]] = ("new_viewers", "silent_viewers", "saturated_viewers", "idle_viewers")
 TAINTS_HARM: Final = frozenset[SuspicionName]({"new_viewers"})
 """Suspicions under which established harm does not roll back."""
@@ -130,7 +151,7 @@ def share_difference(stable: Estimate, canary: Estimate) -> Estimate:
     )
 
 
-def explained_harm(idle: Estimate, stable_value: F64, lower_is_better: NDArray[np.bool_]) -> F64:
+def explained_harm(idle: Estimate, overall: Estimate, stable_value: F64, lower_is_better: NDArray[np.bool_]) -> F64:
     """Returns the relative harm that the canary's excess of idle viewers explains; 0 if the excess is not notable.
 
     An idle viewer has nothing of what is good, and at most one outcome per impression of what is bad. With the share d
@@ -138,13 +159,31 @@ def explained_harm(idle: Estimate, stable_value: F64, lower_is_better: NDArray[n
 
     Args:
         idle: canary's share of idle viewers' impressions less stable's, on the metric's slice.
+        overall: the same on all impressions. Forged viewers may all be in one slice, so it is this share that
+            ``MAX_FORGED_SHARE`` limits.
         stable_value: the metric's value on stable, per impression.
     """
     excess = idle.value
     with np.errstate(divide="ignore", invalid="ignore"):
         notable = excess > np.maximum(NOTABLE_EXCESS, NOTABLE_ERRORS * np.sqrt(idle.variance))
+        real = overall.value - NOTABLE_ERRORS * np.sqrt(overall.variance) > MAX_FORGED_SHARE
         factor = np.where(lower_is_better, np.maximum(1.0 - stable_value, 0.0) / stable_value, 1.0)
-        return np.where(notable & (excess <= MAX_FORGED_SHARE), excess * factor, 0.0)
+        return np.where(notable & ~real, excess * factor, 0.0)
+
+
+def suspicion_verdict(one: Comparison) -> SuspicionVerdict:
+    """Returns the comparison as numbers and a sentence."""
+    stable, canary, low, high = (float(value) for value in (one.stable, one.canary, one.low, one.high))
+    if one.name == "new_viewers":
+        numbers = f"canary {canary / stable - 1.0:+.1%} against stable" if stable > 0 else "no viewers on stable"
+        ends = f"{low:+.1%}..{high:+.1%}"
+    else:
+        numbers = f"canary {canary:.1%}, stable {stable:.1%}"
+        ends = f"{100 * low:+.1f}..{100 * high:+.1f} percentage points"
+    finding = "suspected forgery" if bool(one.suspected) else "not suspicious"
+    text = f": {_SUSPICION_TEXT[one.name]}" if bool(one.suspected) else ""
+    sentence = f"{one.name.replace('_', ' ')}: {finding}{text} ({numbers}, at any time within {ends})"
+    return SuspicionVerdict(one.name, bool(one.suspected), stable, canary, low, high, sentence)
 
 
 class _Side(NamedTuple):
@@ -166,7 +205,7 @@ class _Side(NamedTuple):
         usable = known & np.isfinite(self.difference) & np.isfinite(self.variance) & (self.variance > 0)
         variance = np.where(usable, self.variance, 1.0)
         error = np.sqrt(variance)
-        width = rejection_boundary(variance, TUNED_FOR, alpha) * error
+        width = rejection_boundary(variance, TUNED_FOR[name], alpha) * error
         low, high = self.difference - width, self.difference + width
         return Comparison(
             name, self.stable, self.canary, np.where(usable, self.difference, 0.0), error, low, high,
