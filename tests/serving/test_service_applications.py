@@ -200,7 +200,8 @@ from reelway.platform.rollout.traffic.serving_options import RouterArgs
 from reelway.serving.deployments.applications import RouterDeployment
 
 args = {args.model_dump(mode="json")!r}
-router = RouterDeployment(RouterArgs(**args, features_dir=Path({str(tmp_path)!r}) / "features"))
+features = Path({str(tmp_path)!r}) / "features"
+router = RouterDeployment(RouterArgs(**args, features_dir=features, composition="fused"))
 
 async def opened(release, stable):
     router._requested = Routing.single_release(stable, warm=(release,))
