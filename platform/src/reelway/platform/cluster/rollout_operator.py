@@ -164,7 +164,8 @@ class RolloutOperator:
             KubernetesError: if another replica is active or the alerts cannot be stored; deliver them again.
         """
         self._require_rollouts()
-        news, changed, failure = list(news), False, None
+        news, changed = list(news), False
+        failure: ReelwayError | None = None
         for controller in list(self._controllers.values()):
             try:
                 changed |= controller.alerts.deliver(news)

@@ -18,8 +18,8 @@ from reelway.platform.rollout.alert_stream import MAX_RELEVANT, AlertListStream
 from reelway.platform.rollout.alerts import RELEASE_LABEL, PolledAlerts, Relevance
 from reelway.platform.rollout.sources.monitoring_access import MonitoringAccess
 
-TIMEOUT_S: Final = 1.0
-"""How long the server may be silent."""
+TIMEOUT_S: Final = 5.0
+"""How long the server may be silent. With thousands of alerts it needs a while for the first byte."""
 ANSWER_TIMEOUT_S: Final = 10.0
 """How long a whole answer may take."""
 MAX_ANSWER_BYTES: Final = 64 << 20
