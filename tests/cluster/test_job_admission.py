@@ -18,13 +18,12 @@ import pytest
 import yaml
 from tests.support.charts.chart_tool import ENVIRONMENTS, NEEDED, Document, documents, helm_template, merged
 from tests.support.charts.kubernetes_schemas import crd_file
-from tests.support.cluster.bare_api_server import bare_api_server, missing_program, running_process
+from tests.support.cluster.bare_api_server import bare_api_server, missing_program
 from tests.support.cluster.kubectl import NODE, Kubectl
 from tests.support.e2e.wait_until import until
 
 from reelway.platform.cluster.kube_api import KubeApi
 from reelway.platform.cluster.ray_job import PATH, RayJobs
-from reelway.platform.cluster.ray_job_status import JobState
 from reelway.platform.cluster.ray_job_template import JobKind, JobRequest, find_template
 from reelway.platform.errors import KubernetesError
 
@@ -341,46 +340,3 @@ def test_second_installation_has_submitters_of_its_own(installation: Installatio
     wait_until_refused(engineer, changed(job, "spec.entrypoint", "id"), "spec.entrypoint")
     made = engineer.create(PATH, job)
     engineer.delete(f"{PATH}/{made['metadata']['name']}")
-
-
-@pytest.fixture
-def kuberay(server: Path, installation: Installation, tmp_path: Path) -> Iterator[None]:
-    """KubeRay's operator for the namespace. Without kubelets its pods stay pending."""
-    program = NODE / "bin" / "ray-operator"
-    if server == NODE / "state" / "admin.kubeconfig":
-        yield  # `make cluster` runs one
-        return
-    if not program.exists():
-        pytest.skip(f"{program} is missing (`make cluster-tools`)")
-    admin = installation.admin
-    admin.run("apply", "--server-side", "--force-conflicts", "-f", str(crd_file("rayjobs").parent))
-    command = [
-        str(program), "--metrics-addr=0", "--health-probe-bind-address=0", "--enable-leader-election=false",
-        f"--watch-namespace={admin.namespace}",
-    ]  # fmt: skip
-    environment = {"KUBECONFIG": str(server), "POD_NAMESPACE": admin.namespace}
-    with running_process(tmp_path, "ray-operator", command, environment):
-        yield
-
-
-@pytest.mark.usefixtures("kuberay")
-def test_kuberay_creates_a_token_for_each_job(installation: Installation) -> None:
-    jobs, admin = RayJobs(installation.client(ENGINEER)), installation.admin
-    names = [jobs.submit(JobRequest(JobKind.EVALUATE, run=f"token-{index}"), "rw").name for index in range(2)]
-
-    def heads() -> list[Document]:
-        found = json.loads(admin.run("get", "pods", "-l", "ray.io/node-type=head", "-o", "json"))["items"]
-        return [one for one in found if one["metadata"]["labels"]["reelway.dev/job"] == JobKind.EVALUATE]
-
-    until("each job has a head", lambda: len(heads()) == len(names), ACTIVE_S)
-    tokens = set()
-    for head in heads():
-        environment = {one["name"]: one for one in head["spec"]["containers"][0]["env"]}
-        secret = environment["RAY_AUTH_TOKEN"]["valueFrom"]["secretKeyRef"]
-        assert secret["name"] == head["metadata"]["labels"]["ray.io/cluster"]
-        tokens.add(json.loads(admin.run("get", "secret", secret["name"], "-o", "json"))["data"][secret["key"]])
-    assert len(tokens) == len(names)
-    for name in names:
-        jobs.stop(name)
-        until(f"{name} is stopped", lambda name=name: jobs.get(name).state is JobState.STOPPED, ACTIVE_S)  # type: ignore[misc]
-        jobs.delete(name)
