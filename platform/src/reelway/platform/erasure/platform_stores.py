@@ -57,10 +57,10 @@ def _erase_online(request: ErasureRequest) -> Iterator[ErasedStore]:
     if not (folder / CONFIG_FILE).exists():
         return
     store = open_feature_store(folder)
-    location = type(store._get_provider().online_store).__name__.removesuffix("OnlineStore")
+    location = "sqlite" if store.config.online_store.type == "sqlite" else "redis"
     rows = erase_viewer_rows(store, request.viewer_ids, dry_run=request.dry_run)
     yield erased_store(request, "online store", location, rows)
-    if location == "Sqlite" and not (folder / MEMORY_FILE).exists():
+    if location == "sqlite" and not (folder / MEMORY_FILE).exists():
         return
     with ExitStack() as stack:
         memory = open_viewer_memory(store)

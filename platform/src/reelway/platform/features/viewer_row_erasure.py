@@ -33,7 +33,7 @@ def erase_viewer_rows(store: FeatureStore, viewer_ids: Sequence[int], *, dry_run
     online = store._get_provider().online_store
     if isinstance(online, RedisOnlineStore):
         erase = _erase_in_redis
-    elif type(online) is SqliteOnlineStore:
+    elif isinstance(online, SqliteOnlineStore):
         erase = _erase_in_sqlite
     else:
         raise FeatureError(f"online store {type(online).__name__}: cannot erase viewers; expected SQLite or Redis")
@@ -59,7 +59,7 @@ def delete_old_viewer_rows(store: FeatureStore, older_than: datetime) -> int:
     from feast.infra.online_stores.sqlite import SqliteOnlineStore
 
     online = store._get_provider().online_store
-    if type(online) is not SqliteOnlineStore:
+    if not isinstance(online, SqliteOnlineStore):
         return 0
     connection, deleted = online._get_conn(store.config), 0
     try:
