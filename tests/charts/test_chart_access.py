@@ -97,7 +97,7 @@ def test_internal_api_listens_in_the_head_only() -> None:
     objects = rendered("production-cpu", "monitoring")
     ray, metrics = head_of(objects)["containers"]
     assert {"name": "internal", "containerPort": 9101} in ray["ports"]  # KubeRay adds it to the head's Service
-    assert metrics["args"] == ["--internal-port", "9101", "--service-url", "http://127.0.0.1:8000"]
+    assert metrics["args"] == ["--internal-port", "9101", "--service-url", "http://localhost:8000"]
     assert "REELWAY_TOKEN_SECRET" in {one["name"] for one in metrics["env"]}
     (group,) = named(objects, "RayService")["spec"]["rayClusterConfig"]["workerGroupSpecs"]
     worker = group["template"]["spec"]["containers"][1]

@@ -154,6 +154,69 @@ def test_operator_mounts_the_store_read_only() -> None:
     assert mount["readOnly"] is True
 
 
+def serving_pods(component: str) -> list[Document]:
+    """Pods of the RayService, head first."""
+    return [pod for _, pod in pods(named(rendered("dev", component), "RayService"))]
+
+
+@pytest.mark.parametrize(
+    ("component", "folders"),
+    [
+        ("pvc", []),
+        ("features-directory", ["features", "parity"]),
+        ("parity-volume", ["features", "parity"]),
+        ("live", ["overlay"]),
+    ],
+)
+def test_serving_pods_write_named_folders_of_the_volume_only(component: str, folders: list[str]) -> None:
+    found = serving_pods(component)
+    assert len(found) >= 1
+    for pod in found:
+        for container in pod["containers"]:
+            mounts = [one for one in container["volumeMounts"] if one["name"] == "releases"]
+            writable = {one["mountPath"]: one["subPath"] for one in mounts if not one.get("readOnly")}
+            if container["name"] == "ray":
+                assert {"name": "releases", "mountPath": "/var/lib/reelway/volume", "readOnly": True} in mounts
+                assert writable == {f"/var/lib/reelway/volume/{folder}": folder for folder in folders}
+            else:
+                assert not mounts
+        created = [one["args"] for one in pod.get("initContainers", ())]
+        assert created == ([[f"/var/lib/reelway/volume/{folder}" for folder in folders]] if folders else [])
+
+
+@pytest.mark.parametrize("component", ["s3", "parity-s3", "live-elsewhere"])
+def test_serving_pods_mount_no_volume_of_an_object_store(component: str) -> None:
+    environment = "production-cpu"
+    for _, pod in pods(named(rendered(environment, component), "RayService")):
+        assert "initContainers" not in pod
+        assert not [one for one in pod["volumes"] if one["name"] == "releases"]
+
+
+def test_operator_verifies_releases_with_the_keys_of_the_serving_pods() -> None:
+    for environment in ("dev", "production-cpu", "air-gapped"):
+        found = rendered(environment, "as-is")
+        settings = yaml.safe_load(named(found, "ConfigMap", "-operator")["data"]["settings.yaml"])
+        ((_, operator),) = pods(named(found, "Deployment", "-operator"))
+        serving = next(pod for _, pod in pods(named(found, "RayService")))
+        mounted = [one["name"] for one in operator["containers"][0]["volumeMounts"]
+                   if one["mountPath"] == settings["public_keys"] and one["readOnly"]]  # fmt: skip
+        ours, theirs = (next(one for one in pod["volumes"] if one["name"] in mounted) for pod in (operator, serving))
+        source = "configMap" if "configMap" in ours else "secret"
+        assert ours == {**theirs, source: {**theirs[source], "optional": True}}
+
+
+@pytest.mark.parametrize(("environment", "component"), COMBINATIONS)
+def test_no_egress_allows_the_api_server_ports_everywhere(environment: str, component: str) -> None:
+    for document in rendered(environment, component):
+        if document["kind"] != "NetworkPolicy":
+            continue
+        for rule in document["spec"].get("egress", ()):
+            if {"protocol": "TCP", "port": 6443} in rule.get("ports", ()):
+                blocks = [peer["ipBlock"]["cidr"] for peer in rule["to"]]
+                assert blocks
+                assert not {"0.0.0.0/0", "::/0"} & set(blocks)
+
+
 def test_operator_may_write_one_ray_service_with_its_lease() -> None:
     rules = named(rendered("dev", "as-is"), "Role", "-operator")["rules"]
     granted = {

@@ -93,6 +93,8 @@ def healthy() -> Series:
         'reelway_rollout_failures_total{kind="evidence"}': grows(0),
         'reelway_rollout_webhooks_total{outcome="stored"}': grows(1),
         'reelway_rollout_webhooks_total{outcome="unauthorised"}': grows(0),
+        'reelway_thread_failures_total{thread="releases"}': grows(0),
+        'reelway_ingress_foreign_features_total{release="aaaa"}': level(0),
         'up{job="reelway-operator"}': level(1),
         'up{job="reelway-router", instance="a"}': level(1),
         'up{job="reelway-outcomes", instance="a"}': level(1),
@@ -114,6 +116,7 @@ def healthy_live_parts() -> Series:
         'reelway_uploads_refused_total{release="aaaa", kind="unreadable"}', "reelway_stream_faults_total",
         'reelway_stream_parked_records_total{kind="unreadable"}', 'reelway_ingress_memory_faults_total{kind="read"}',
         "reelway_ingress_memory_lost_total", "reelway_ingress_parity_samples_lost_total",
+        "reelway_ingress_key_faults_total",
         "reelway_outcomes_memory_failures_total",
         "reelway_outcomes_memory_lost_total", "reelway_catalogue_faults_total", "reelway_uploads_faults_total",
         "reelway_uploads_unrepaired_total", "reelway_outcomes_dropped_arms_total",
@@ -141,6 +144,8 @@ FAULTS: Final[list[tuple[str, Mapping[str, list[float]], int]]] = [
     ("ReelwayViewerRowBug", {
         'reelway_ingress_faults_total{release="aaaa", stage="viewer_row", kind="unexpected"}': grows(0, 1)
     }, 6),
+    ("ReelwayFeaturesForeign", {'reelway_ingress_foreign_features_total{release="aaaa"}': level(0, 1)}, 6),
+    ("ReelwayThreadFails", {'reelway_thread_failures_total{thread="releases"}': grows(0, 1)}, 6),
     ("ReelwayViewerKeysUnread", {"reelway_ingress_key_faults_total": grows(0, 1)}, 12),
     ("ReelwayExposuresLost", {'reelway_ingress_exposures_lost_total{arm="stable", release="aaaa"}': grows(0, 1)}, 6),
     ("ReelwayParitySamplesLost", {"reelway_ingress_parity_samples_lost_total": grows(0, 1)}, 6),

@@ -257,14 +257,14 @@ def test_job_that_leaves_the_template_is_refused(
 @pytest.mark.parametrize("kind", JobKind)
 def test_submitter_starts_every_kind_with_every_option(installation: Installation, kind: JobKind) -> None:
     jobs = RayJobs(installation.client(ENGINEER))
-    plain = jobs.submit(JobRequest(kind))
+    plain = jobs.submit(JobRequest(kind), "rw")
     jobs.delete(plain.name)
     request = JobRequest(
         kind, run=f"try-{kind}", workers=2, gpus=1, cpus="8", memory="64Gi", queue="night", ttl_s=60, backoff_limit=3,
         tolerations=("gpu=yes:NoSchedule", "spot"), image="reg.test:5000/ml/training:try-1",
         arguments=("--set", "two_tower.dim=64", "--waive", "coverage=first week; it's $new $(id) \"x\"", "a\nb"),
     )  # fmt: skip
-    job = jobs.submit(request)
+    job = jobs.submit(request, "rw")
     assert "it'\"'\"'s $new" in job.command
     jobs.stop(job.name)
     jobs.delete(job.name)
@@ -288,7 +288,7 @@ def test_older_api_version_is_refused_likewise(installation: Installation) -> No
 @contextmanager
 def running_job(installation: Installation) -> Iterator[str]:
     jobs = RayJobs(installation.client(ENGINEER))
-    job = jobs.submit(JobRequest(JobKind.TRAIN, run="updates"))
+    job = jobs.submit(JobRequest(JobKind.TRAIN, run="updates"), "rw")
     try:
         yield job.name
     finally:
@@ -366,7 +366,7 @@ def kuberay(server: Path, installation: Installation, tmp_path: Path) -> Iterato
 @pytest.mark.usefixtures("kuberay")
 def test_kuberay_creates_a_token_for_each_job(installation: Installation) -> None:
     jobs, admin = RayJobs(installation.client(ENGINEER)), installation.admin
-    names = [jobs.submit(JobRequest(JobKind.EVALUATE, run=f"token-{index}")).name for index in range(2)]
+    names = [jobs.submit(JobRequest(JobKind.EVALUATE, run=f"token-{index}"), "rw").name for index in range(2)]
 
     def heads() -> list[Document]:
         found = json.loads(admin.run("get", "pods", "-l", "ray.io/node-type=head", "-o", "json"))["items"]

@@ -19,14 +19,11 @@ from tests.support.cluster.operator_runs import TOKEN, held, operating, over, se
 from tests.support.cluster.rollout_manifests import QUICK, rollout
 from tests.support.rollout.webhook_requests import payload
 
-from reelway.platform.cluster.backend_controller import serve_address
 from reelway.platform.cluster.kube_api import KubeApi
 from reelway.platform.cluster.leader_election import LeaderElector
-from reelway.platform.cluster.operator_settings import RaySettings
-from reelway.platform.cluster.resources import Backend
 from reelway.platform.cluster.rollout_operator import RolloutOperator
 from reelway.platform.cluster.status import format_time
-from reelway.platform.errors import KubernetesError, RolloutError
+from reelway.platform.errors import KubernetesError
 from reelway.platform.rollout.control.webhook import ALERTS_PATH, serve_in_thread
 
 pytestmark = pytest.mark.cluster
@@ -214,16 +211,6 @@ def test_operator_exits_when_it_loses_the_lease(api: KubeApi, serve: FakeServe, 
     until(thief.try_acquire_or_renew)
     thread.join(20)
     assert "the lease was lost" in str(failures[0])
-
-
-@pytest.mark.parametrize("host", ["reelway-head-svc", "head.mine.svc", "head.mine", "10.0.0.9"])
-def test_ray_token_is_sent_to_local_or_trusted_hosts_only(host: str) -> None:
-    backend = Backend.model_validate({"serve": {"api": f"http://{host}:8265", "url": "http://router:8000"}})
-    settings = RaySettings(trusted_hosts=("10.0.0.9",))
-    assert serve_address(backend, "mine", settings).serve_api == f"http://{host}:8265"
-    if "." in host:
-        with pytest.raises(RolloutError, match="neither a Service of namespace other"):
-            serve_address(backend, "other", RaySettings())
 
 
 class Forked:

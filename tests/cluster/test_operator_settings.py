@@ -53,11 +53,18 @@ def test_environment_replaces_single_values_of_the_file(tmp_path: Path, monkeypa
     ("document", "expected"),
     [
         ({"promtheus": {}}, "promtheus: unknown key, expected one of alertmanager, identity, interval_s, lease"),
-        ({"prometheus": {"uri": "x"}}, "prometheus.uri: unknown key, expected one of ca_file, labels, token_file, url"),
+        (
+            {"prometheus": {"uri": "x"}},
+            "prometheus.uri: unknown key, expected one of ca_file, cert_file, key_file, labels, server_name, "
+            "token_file, url",
+        ),
         ({"interval_s": "often"}, "interval_s: saw 'often', expected a valid number"),
         ({"interval_s": 0}, "interval_s: saw 0, expected greater than 0"),
         ({"webhook": {"port": 70000}}, "webhook.port: saw 70000, expected less than or equal to 65535"),
-        ({"webhook": 8080}, "webhook: saw 8080, expected a mapping with the keys host, port"),
+        (
+            {"webhook": 8080},
+            "webhook: saw 8080, expected a mapping with the keys cert_file, host, key_file, port, token_file",
+        ),
         ({"prometheus": {"url": "prometheus:9090"}}, "prometheus.url: saw 'prometheus:9090', expected"),
         ({"prometheus": {"labels": {"a-b": "c"}}}, "prometheus.labels.a-b"),
         ({"ray": {"trusted_hosts": "10.0.0.9"}}, "ray.trusted_hosts: saw '10.0.0.9', expected a valid tuple"),

@@ -140,7 +140,7 @@ def test_any_order_of_outages_and_kills_records_a_rollback_once() -> None:
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
         RollbacksWithoutApiServer,
         settings=settings(
-            max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
 

@@ -72,7 +72,17 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     subprocess.run(reelway_command("viewer-key", "--key", str(run / "viewers.pem")), check=True, timeout=60)
     auth.write_text(yaml.safe_dump(AUTH))
     command = reelway_command(
-        "serve", "--run", str(run), "--port", "0", "--no-controller", "--no-live", "--auth", str(auth)
+        "serve",
+        "--run",
+        str(run),
+        "--port",
+        "0",
+        "--composition",
+        "fused",
+        "--no-controller",
+        "--no-live",
+        "--auth",
+        str(auth),
     )
     with log.open("wb") as sink:
         process = subprocess.Popen(command, stdout=sink, stderr=sink, stdin=subprocess.DEVNULL, start_new_session=True)

@@ -23,6 +23,7 @@ from prometheus_client import CollectorRegistry
 from tests.support.eventlog.kafka_broker import Broker
 from tests.support.redis_server import running_redis
 from tests.support.release_files import make_release_folder
+from tests.support.serving.caller_access import open_access
 from tests.support.small_disk import SmallDisk, small_disk
 
 from reelway.platform.eventlog.kafka_topics import TopicSizes, create_missing_topics
@@ -132,7 +133,7 @@ def running_service(
     with ExitStack() as stack:
         stack.callback(router.close)
         stack.enter_context(closing(sample) if sample else ExitStack())
-        url = stack.enter_context(serve_in_thread(build_http_api(router), "127.0.0.1", 0))
+        url = stack.enter_context(serve_in_thread(build_http_api(router, open_access()), "127.0.0.1", 0))
         service = Service(url, events, registry)
         stack.enter_context(closing(service.client))
         yield service

@@ -7,15 +7,29 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from tests.support.release_files import make_release_folder
+from tests.support.release_files import describe_files, make_release_folder
+from tests.support.serving.viewer_store import make_store
 
 import reelway.serving
-from reelway.platform.errors import ConfigError, DigestMismatchError, ReleaseNotFoundError, SignatureError
-from reelway.platform.release.signing import create_keys, load_private_key
+from reelway.platform.contracts.feature_names import TRAINING_SERVICE, VIEWER_SERVICE
+from reelway.platform.contracts.manifest import BLEND_FILE, RANKER_FILE, VIDEOS_FILE
+from reelway.platform.errors import (
+    ConfigError,
+    DigestMismatchError,
+    GateFailedError,
+    IncompatibleReleaseError,
+    ReleaseNotFoundError,
+    SignatureError,
+)
+from reelway.platform.features.feast_store import registered_services
+from reelway.platform.release.folder import write_manifest
+from reelway.platform.release.signing import create_keys, load_private_key, sign
 from reelway.platform.release.store import ReleaseStore
 from reelway.platform.rollout.traffic.routing import Routing
 from reelway.platform.rollout.traffic.serve_config import compose_serve_config
@@ -98,6 +112,46 @@ def test_release_with_an_untrusted_signature_is_rejected(store: tuple[ReleaseSto
         open_trusted(args.release_args(foreign))
 
 
+def _write_release(tmp_path: Path, name: str, change: Callable[[Path], None] = lambda _: None, **fields: Any) -> str:
+    """Builds, changes and signs a release as a faulty builder with the trusted key would, and stores it."""
+    folder = tmp_path / name
+    manifest = make_release_folder(folder, videos=64, **fields)
+    change(folder)
+    manifest = manifest.model_copy(update={"files": describe_files(folder)})
+    key = load_private_key(tmp_path / "keys" / "release.private.pem")
+    write_manifest(folder, signed := sign(manifest, key))
+    return str(ReleaseStore(str(tmp_path / "store")).write(folder, signed))
+
+
+FAILED_GATE = [{"name": "recall_at_50", "value": 0.1, "bound": 0.3, "comparison": ">=", "passed": False}]
+
+
+def test_release_with_a_failed_gate_is_opened_only_with_a_waiver(
+    store: tuple[ReleaseStoreArgs, str], tmp_path: Path
+) -> None:
+    args, _ = store
+    failed = _write_release(tmp_path, "failed", gates=FAILED_GATE)
+    with pytest.raises(GateFailedError, match=r"recall_at_50 is 0\.1, expected >= 0\.3"):
+        open_trusted(args.release_args(failed))
+    waiver = {"gate": "recall_at_50", "reason": "a new catalogue", "by": "ada"}
+    waived = _write_release(tmp_path, "waived", gates=FAILED_GATE, waivers=[waiver])
+    assert open_trusted(args.release_args(waived)).release_id() == waived
+
+
+def test_release_whose_files_disagree_is_rejected(store: tuple[ReleaseStoreArgs, str], tmp_path: Path) -> None:
+    """Its digests and signature are right."""
+    args, _ = store
+    faults: dict[str, Callable[[Path], None]] = {
+        "videos.arrow is not an Arrow": lambda folder: (folder / VIDEOS_FILE).write_bytes(b"no table") and None,
+        "ranker.onnx is not a graph": lambda folder: (folder / RANKER_FILE).write_bytes(b"no graph") and None,
+        "blend.yaml": lambda folder: (folder / BLEND_FILE).write_text("retrieval: 7") and None,
+    }
+    for number, (message, fault) in enumerate(faults.items()):
+        release = _write_release(tmp_path, f"fault-{number}", fault, seed=number)
+        with pytest.raises(IncompatibleReleaseError, match=message):
+            open_trusted(args.release_args(release))
+
+
 def test_release_changed_in_the_store_is_rejected(store: tuple[ReleaseStoreArgs, str], tmp_path: Path) -> None:
     args, release = store
     (tmp_path / "store" / release / "ranker.onnx").write_bytes(b"something else")
@@ -123,6 +177,55 @@ def test_token_secrets_prefer_the_environment_to_the_file(tmp_path: Path, monkey
         read_token_secrets(tmp_path / "nothing")
     with pytest.raises(ConfigError, match=SECRET_VARIABLE):
         read_token_secrets(None)
+
+
+@pytest.mark.ray
+def test_release_with_foreign_feature_services_gets_no_traffic(
+    store: tuple[ReleaseStoreArgs, str], tmp_path: Path
+) -> None:
+    """A release that has traffic already is opened and counted, because a router that restarts must serve viewers."""
+    args, foreign = store
+    features = make_store(tmp_path / "features")
+    services = [
+        {"name": name, "digest": digest}
+        for name, digest in registered_services(features, (TRAINING_SERVICE, VIEWER_SERVICE)).items()
+    ]
+    assert len(services) == 2
+    own = _write_release(tmp_path, "own", seed=8, feature_services=services)
+    program = f"""
+import asyncio
+from pathlib import Path
+from reelway.platform.rollout.traffic.routing import Routing
+from reelway.platform.rollout.traffic.serving_options import RouterArgs
+from reelway.serving.deployments.applications import RouterDeployment
+
+args = {args.model_dump(mode="json")!r}
+features = Path({str(tmp_path)!r}) / "features"
+router = RouterDeployment(RouterArgs(**args, features_dir=features, composition="fused"))
+
+async def opened(release, stable):
+    router._requested = Routing.single_release(stable, warm=(release,))
+    try:
+        await router._open(release)
+    except Exception as error:
+        return type(error).__name__
+    registry = router._dependencies.registry
+    count = registry.get_sample_value("reelway_ingress_foreign_features_total", {{"release": release[:12]}})
+    return f"opened:{{count}}"
+
+async def main():
+    own, foreign = {own!r}, {foreign!r}
+    print(await opened(own, foreign), await opened(foreign, own), await opened(foreign, foreign))
+
+asyncio.run(main())
+router.close()
+"""
+    environment = os.environ | {SECRET_VARIABLE: "a secret of the tests"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["opened:None", "IncompatibleReleaseError", "opened:1.0"]
 
 
 @pytest.mark.ray

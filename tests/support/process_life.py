@@ -106,7 +106,7 @@ def marked_command(
         AssertionError: if the command ends or the timeout passes before it is ready; contains its output.
     """
     mark = uuid.uuid4().hex
-    with log.open("wb") as output:
+    with log.open("wb") as output, _handled_hangups():
         process = subprocess.Popen(
             command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, start_new_session=True,
             env={**os.environ, MARK: mark},
@@ -121,6 +121,16 @@ def marked_command(
         yield running
     finally:
         running.kill_rest()
+
+
+@contextmanager
+def _handled_hangups() -> Iterator[None]:
+    """Lets a child that is started in the block receive SIGHUP, also if this process runs under `nohup`."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def printed(text: str) -> Callable[[MarkedCommand], bool]:

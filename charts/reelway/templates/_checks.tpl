@@ -16,6 +16,7 @@
 {{- include "reelway.checkServing" . }}
 {{- include "reelway.checkAuth" . }}
 {{- include "reelway.checkFeatures" . }}
+{{- include "reelway.checkServingFolders" . }}
 {{- include "reelway.checkJobs" . }}
 {{- include "reelway.checkLive" . }}
 {{- include "reelway.checkMonitoring" . }}
@@ -226,6 +227,28 @@
 {{- include "reelway.fail" (dict "path" "features.redis.tlsFiles.secret" "saw" $f.redis.tlsFiles.secret "expected" "no value, because features.redis.tls is false") }}
 {{- end }}
 {{- include "reelway.checkResources" (dict "of" $f.redis.resources "path" "features.redis.resources") }}
+{{- end }}
+{{- end -}}
+
+{{/* Folders that serving pods write must leave the release store read-only. */}}
+{{- define "reelway.checkServingFolders" -}}
+{{- $v := .Values -}}
+{{- $store := trimSuffix "/" $v.releases.store.path -}}
+{{- if eq (include "reelway.storeOnVolume" .) "true" }}
+{{- if and (hasPrefix "/" $v.serving.parity.log) (not (hasPrefix "/var/lib/reelway/volume/" $v.serving.parity.log)) }}
+{{- include "reelway.fail" (dict "path" "serving.parity.log" "saw" $v.serving.parity.log "expected" "a URL, or a folder below /var/lib/reelway/volume, where the release store's volume is mounted") }}
+{{- end }}
+{{- range $path, $folder := dict "features.directory" (ternary (printf "/var/lib/reelway/volume/%s" $v.features.directory) "" (eq $v.features.type "directory")) "serving.parity.log" $v.serving.parity.log "overlay.url" $v.overlay.url }}
+{{- if hasPrefix "/var/lib/reelway/volume/" $folder }}
+{{- $below := trimPrefix "/var/lib/reelway/volume/" $folder | trimSuffix "/" }}
+{{- if or (not $below) (has "." (splitList "/" $below)) (has ".." (splitList "/" $below)) (has "" (splitList "/" $below)) }}
+{{- include "reelway.fail" (dict "path" $path "saw" $folder "expected" "a folder without `.` and `..`, because serving pods write only there") }}
+{{- end }}
+{{- if or (eq $below $store) (hasPrefix (printf "%s/" $below) $store) }}
+{{- include "reelway.fail" (dict "path" $path "saw" $folder "expected" (printf "a folder that does not contain the release store (releases.store.path is %s), which serving pods only read" $store)) }}
+{{- end }}
+{{- end }}
+{{- end }}
 {{- end }}
 {{- end -}}
 

@@ -94,13 +94,33 @@ RAY_worker_niceness: "0"
 {{- include "reelway.storeEnv" . }}
 {{- end -}}
 
+{{/*
+Folders of the release store's volume that serving pods write: the viewers' memory beside SQLite features, samples for the
+parity replay, and the requests for overlays. All other folders are read-only.
+*/}}
+{{- define "reelway.servingFolders" -}}
+{{- $root := "/var/lib/reelway/volume/" -}}
+{{- $written := list -}}
+{{- if eq (include "reelway.storeOnVolume" .) "true" -}}
+{{- if eq .Values.features.type "directory" }}{{ $written = append $written .Values.features.directory }}{{ end -}}
+{{- if include "reelway.parityEnabled" . }}{{ $written = append $written (include "reelway.vectorLog" .) }}{{ end -}}
+{{- if include "reelway.live" . }}{{ $written = append $written (include "reelway.overlayUrl" .) }}{{ end -}}
+{{- end -}}
+{{- $folders := list -}}
+{{- range $written }}{{ if not (contains "://" .) }}{{ $folders = append $folders (trimPrefix $root . | trimSuffix "/") }}{{ end }}{{ end -}}
+{{- uniq $folders | toYaml -}}
+{{- end -}}
+
 {{- define "reelway.rayMounts" -}}
 - {name: tmp, mountPath: /tmp}
 - {name: cache, mountPath: /var/cache/reelway}
 - {name: metrics, mountPath: /var/run/reelway/metrics}
 - {name: public-keys, mountPath: /etc/reelway/public-keys, readOnly: true}
 {{- if eq (include "reelway.storeOnVolume" .context) "true" }}
-- {name: releases, mountPath: /var/lib/reelway/volume}
+- {name: releases, mountPath: /var/lib/reelway/volume, readOnly: true}
+{{- range include "reelway.servingFolders" .context | fromYamlArray }}
+- {name: releases, mountPath: /var/lib/reelway/volume/{{ . }}, subPath: {{ . }}}
+{{- end }}
 {{- end }}
 {{- if eq .context.Values.features.type "redis" }}
 - {name: features, mountPath: /etc/reelway/features, readOnly: true}
@@ -260,6 +280,24 @@ priorityClassName: {{ . | toJson }}
 volumes:
   {{- include "reelway.rayVolumes" . | nindent 2 }}
 {{- include "reelway.rayTlsInit" (dict "context" .context "image" $v.image.serving) }}
+{{- with include "reelway.servingFolders" .context | fromYamlArray }}
+{{- if not $.context.Values.ray.tls.caSecret }}
+initContainers:
+{{- end }}
+  # The kubelet would create the folders of `subPath` for root.
+  - name: folders
+    image: {{ include "reelway.image" (dict "context" $.context "of" $v.image.serving) }}
+    imagePullPolicy: {{ $v.image.pullPolicy }}
+    command: [mkdir, -p]
+    args:
+      {{- range . }}
+      - /var/lib/reelway/volume/{{ . }}
+      {{- end }}
+    securityContext: {{- include "reelway.containerSecurity" $.context | nindent 6 }}
+    resources: {{- toYaml $v.serving.metrics.resources | nindent 6 }}
+    volumeMounts:
+      - {name: releases, mountPath: /var/lib/reelway/volume}
+{{- end }}
 {{- end -}}
 
 {{- define "reelway.servingPriority" -}}

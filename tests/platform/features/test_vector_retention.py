@@ -11,8 +11,11 @@ import pytest
 
 from reelway.platform.features.vector_log import ServedVector
 from reelway.platform.features.vector_reader import VectorReader
-from reelway.platform.features.vector_retention import RETAIN_S, delete_expired
+from reelway.platform.features.vector_retention import delete_expired
 from reelway.platform.features.vector_segments import VectorSegments, open_vector_log
+from reelway.platform.retention import HOUR_S, Retention
+
+RETAIN_S = Retention().parity_hours * HOUR_S
 
 VECTORS = "memory://retained/vectors"
 NOW_S = 2_000_000_000.0
@@ -36,6 +39,12 @@ def test_age_bounds_the_logs_of_all_pods(store: fsspec.AbstractFileSystem) -> No
     young = [segment(store, "gone-1", RETAIN_S - 1), segment(store, "here-3", 0)]
     assert delete_expired(store, "/retained/vectors", NOW_S) == old
     assert sorted(store.find("/retained/vectors")) == sorted(young)
+
+
+def test_age_is_a_setting(store: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REELWAY_RETENTION_PARITY_HOURS", "2")
+    old, _ = segment(store, "a-1", 2 * HOUR_S + 1), segment(store, "a-1", 2 * HOUR_S - 1)
+    assert delete_expired(store, "/retained/vectors", NOW_S) == [old]
 
 
 def test_size_bounds_the_logs_of_all_pods_together(store: fsspec.AbstractFileSystem) -> None:

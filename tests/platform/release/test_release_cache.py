@@ -85,8 +85,8 @@ def test_partial_download_is_removed_unless_in_progress(
     killed = "import os; os.kill(os.getpid(), 9)"
     script = (
         "import sys, pathlib, reelway.platform.release.store as s\n"
-        f"def check_files(*_): {killed}\n"
-        "s.check_files = check_files\n"
+        f"def check_file_entries(*_): {killed}\n"
+        "s.check_file_entries = check_file_entries\n"
         "s.ReleaseStore(sys.argv[1]).fetch(sys.argv[2], pathlib.Path(sys.argv[3]))\n"
     )
     done = subprocess.run([sys.executable, "-c", script, store.url, releases[0], cache], check=False)

@@ -20,7 +20,7 @@ from tests.support.rollout.series_fixtures import state_of
 from tests.support.rollout.servers import WebTls, alertmanager, eventually, free_address, prometheus
 
 from reelway.platform.errors import ConfigError, RolloutError
-from reelway.platform.rollout.alerts import KnownAlert
+from reelway.platform.rollout.alerts import KnownAlert, Relevance
 from reelway.platform.rollout.control.controller_metrics import ControllerMetrics
 from reelway.platform.rollout.control.controller_settings import (
     AlertmanagerSettings,
@@ -55,6 +55,9 @@ class Deliveries:
     def __init__(self) -> None:
         self.received: list[KnownAlert] = []
         self.arrived = threading.Event()
+
+    def relevance(self) -> Relevance:
+        return bool
 
     def deliver(self, news: Iterator[KnownAlert], /) -> bool:
         self.received += news
@@ -120,13 +123,13 @@ def test_alertmanager_and_webhook_exchange_alerts_over_tls(tmp_path: Path, tls: 
         assert deliveries.arrived.wait(15)
         assert dict(deliveries.received[0].labels)["release"] == "abc"
         with closing(AlertmanagerSettings(url=manager.url, **files_of(tls)).source()) as source:
-            [polled] = eventually(source.poll)
+            [polled] = eventually(lambda: source.poll(bool).alerts)
         assert dict(polled.labels)["alertname"] == "A"
         with (
             closing(AlertmanagerSettings(url=manager.url, ca_file=tls.ca).source()) as anonymous,
             pytest.raises(RolloutError, match=r"SSL.*certificate"),
         ):
-            anonymous.poll()
+            anonymous.poll(bool)
         client.close()
 
 

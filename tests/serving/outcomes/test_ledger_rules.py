@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ import pytest
 from tests.support.serving.raw_events import (
     NOW,
     RELEASES,
-    SIGNER,
     RawOutcome,
     ShownImpression,
     assert_same,
@@ -22,21 +20,18 @@ from tests.support.serving.raw_events import (
     outcomes_of,
     recomputed,
     statistics,
-    stored,
 )
 
 from reelway.platform.contracts.events import OUTCOME_HORIZON_S, STRING_DICTIONARY_TYPE, Arm, OutcomeType
 from reelway.platform.eventlog import StoredRecord
 from reelway.platform.eventlog.arrow_records import encode_rows
-from reelway.platform.eventlog.outcome_events import OUTCOME_TYPES, decode_outcomes, encode_outcomes
+from reelway.platform.eventlog.outcome_events import OUTCOME_TYPES, decode_outcomes
 from reelway.platform.rollout.metric_names import AUDIENCE_GROUPS, AUDIENCE_STATISTICS, RECEIVED_OUTCOMES
 from reelway.platform.rollout.policy import Slice
-from reelway.serving.outcomes.event_log_writer import logged_outcomes
 from reelway.serving.outcomes.exposures import ArmKey
 from reelway.serving.outcomes.ledger import CLOCK_SKEW_S, EXPOSURE_HORIZON_S, MAX_LIVE_ARMS, Ledger
 from reelway.serving.outcomes.log_rows import OutcomeRows, read_outcome_rows
 from reelway.serving.outcomes.outcome_store import MAX_ARMS, OutcomeStore
-from reelway.serving.outcomes.reported import read_outcomes
 from reelway.serving.outcomes.viewer_sums import MAX_IMPRESSIONS
 
 SHOWN = ShownImpression(11, viewer=1, arm=Arm.CANARY, weight=0.5, slices=3)
@@ -105,10 +100,8 @@ def test_outcome_is_late_by_its_arrival(bench: LedgerFixture) -> None:
 
 def test_outcome_is_late_by_its_event_time(bench: LedgerFixture) -> None:
     def at(seconds: float, logged_at: float = NOW) -> str:
-        time = datetime.fromtimestamp(NOW + seconds, UTC)
-        columns, _ = read_outcomes([LIKE.reported.model_copy(update={"event_time": time})], SIGNER)
-        (record,) = encode_outcomes(logged_outcomes([columns], int(NOW * 1e6)), 1, 1 << 20)
-        (statuses,) = bench.ledger.apply([], [read_outcome_rows(stored(record, logged_at))], {})
+        (rows,) = outcomes_of([LIKE], logged_at)
+        (statuses,) = bench.ledger.apply([], [replace(rows, done_at=np.array([NOW + seconds]))], {})
         return RECEIVED_OUTCOMES[int(statuses[0])]
 
     assert at(OUTCOME_HORIZON_S + 1) == "late"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,9 @@ from tests.support.release_files import describe_files, make_release_folder, sig
 from tests.support.serving.viewer_store import make_viewer_store
 
 from reelway.pipelines.ranker_faults import fail_known_viewers, slow_down_busy_viewers
+from reelway.platform.contracts.feature_names import TRAINING_SERVICE, VIEWER_SERVICE
 from reelway.platform.contracts.manifest import RANKER_FILE
+from reelway.platform.features.feast_store import open_feature_store, registered_services
 from reelway.platform.release.signing import create_keys, load_private_key
 from reelway.platform.release.store import ReleaseStore
 
@@ -63,13 +65,16 @@ def faulty_releases(cluster: Cluster, *, errors: int, slow: int, sound: int = 2)
         keys = create_keys(folder / "keys")
         key, store = load_private_key(keys.private), ReleaseStore(str(folder / "releases"))
         faults: list[Callable[[Path], None]] = [*[_sound] * sound, *[fail_known_viewers] * errors, *[_slow] * slow]
-        ids = [_build(folder / f"release-{seed}", seed, fault, key, store) for seed, fault in enumerate(faults)]
         rows = {
             viewer: {"impressions_30d": USUAL_IMPRESSIONS if viewer % 8 else BUSY_IMPRESSIONS}
             for viewer in range(KNOWN)
         }
         (folder / FEATURES).mkdir()
         make_viewer_store(folder / FEATURES, rows, time.time())
+        services = registered_services(open_feature_store(folder / FEATURES), (TRAINING_SERVICE, VIEWER_SERVICE))
+        ids = [
+            _build(folder / f"release-{seed}", seed, fault, key, store, services) for seed, fault in enumerate(faults)
+        ]
         fixtures = ReleaseFixtures(cluster, folder, keys, tuple(ids))
         try:
             yield FaultyReleases(
@@ -80,8 +85,16 @@ def faulty_releases(cluster: Cluster, *, errors: int, slow: int, sound: int = 2)
                 cluster.kubectl("default").run("delete", "pv", volume, "--ignore-not-found", "--timeout=60s")
 
 
-def _build(folder: Path, seed: int, fault: Callable[[Path], None], key: Ed25519PrivateKey, store: ReleaseStore) -> str:
-    manifest = make_release_folder(folder, videos=VIDEOS, seed=seed)
+def _build(
+    folder: Path,
+    seed: int,
+    fault: Callable[[Path], None],
+    key: Ed25519PrivateKey,
+    store: ReleaseStore,
+    services: Mapping[str, str],
+) -> str:
+    required = [{"name": name, "digest": digest} for name, digest in services.items()]
+    manifest = make_release_folder(folder, videos=VIDEOS, seed=seed, feature_services=required)
     fault(folder / RANKER_FILE)
     manifest = sign_manifest(manifest.model_copy(update={"files": describe_files(folder)}), key)
     write_manifest(folder, manifest)

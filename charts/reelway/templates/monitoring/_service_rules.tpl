@@ -66,6 +66,18 @@ groups:
         labels: {severity: ticket, mirrored: '{{ "{{ $labels.release }}" }}', release: ''}
         annotations:
           summary: 'half of the mirrored slates of release {{ "{{ $labels.release }}" }} score {{ "{{ $value | humanizePercentage }}" }} or more away from what was shown'
+      - alert: ReelwayFeaturesForeign
+        expr: sum(reelway_ingress_foreign_features_total) > 0
+        labels: {severity: ticket}
+        annotations:
+          summary: 'a router has opened a release with traffic although the feature store has other feature services than the release was trained on'
+  - name: reelway-processes
+    rules:
+      - alert: ReelwayThreadFails
+        expr: sum by (thread) (increase(reelway_thread_failures_total[10m])) > 0
+        labels: {severity: ticket}
+        annotations:
+          summary: 'thread {{ "{{ $labels.thread }}" }} failed {{ "{{ $value | humanize }}" }} times in ten minutes with an unexpected exception; it is restarted, or its process ends'
   - name: reelway-operator
     rules:
       - alert: ReelwayOperatorSilent

@@ -18,7 +18,8 @@ podSelector:
 {{- regexFind "[0-9]+$" (regexFind ":[0-9]+$" $url.host) | default (ternary "443" "80" (eq $url.scheme "https")) -}}
 {{- end -}}
 
-{{/* The API server is not a pod, so that only its addresses can be allowed. */}}
+{{/* The API server is no pod, so only its addresses can be allowed: those of its Service and, as most network plugins apply
+     policies after the Service is resolved, those of its machines. */}}
 {{- define "reelway.apiServerEgress" -}}
 {{- $api := .Values.networkPolicies.apiServer -}}
 - ports:
@@ -27,10 +28,8 @@ podSelector:
     # The Service's port is translated before policies apply.
     - {protocol: TCP, port: 6443}
     {{- end }}
-  {{- with $api.cidrs }}
   to:
-    {{- range . }}
+    {{- range $api.cidrs }}
     - ipBlock: {cidr: {{ . | toJson }}}
     {{- end }}
-  {{- end }}
 {{- end -}}

@@ -19,6 +19,7 @@ ray:
   dashboard_url: http://{name}-head-svc.{namespace}.svc:8265
   internal_url: http://{name}-head-svc.{namespace}.svc:{{ $v.serving.internalPort }}
 release_store: {{ include "reelway.storeUrl" . | quote }}
+public_keys: /etc/reelway/public-keys
 # null: nothing is replayed, so the default policy does not require parity.
 parity_findings: {{ if include "reelway.parityEnabled" . }}{{ include "reelway.parityReport" . | quote }}{{ else }}null{{ end }}
 {{- if include "reelway.kserveEnabled" . }}

@@ -24,6 +24,7 @@ class Retention(BaseSettings):
     event_hours: int = Field(default=168, ge=24, description="exposures and outcomes in SQLite files")
     online_row_days: int = Field(default=90, ge=1, description="rows of the online store since they were written")
     collector_days: int = Field(default=30, ge=2, description="totals per viewer since the rollout's last exposure")
+    parity_hours: int = Field(default=24, ge=1, description="sampled features of the parity log")
     parked_days: int = Field(default=30, ge=1, description="records that the stream could not read")
 
 

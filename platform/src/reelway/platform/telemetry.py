@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 ALLOWED_LABELS: Final = frozenset(
     {
         "release", "arm", "stage", "source", "outcome", "result", "rung", "kind", "view", "rollout", "slice", "metric",
-        "statistic", "topic", "partition",
+        "statistic", "topic", "partition", "thread",
     }
 )  # fmt: skip
 _NAME = re.compile(r"^reelway_[a-z]+(_[a-z0-9]+)+$")
@@ -35,8 +35,8 @@ def _check_name(name: str, labels: Sequence[str]) -> tuple[str, ...]:
     return tuple(labels)
 
 
-def counter(name: str, help_text: str, labels: Sequence[str], registry: CollectorRegistry) -> Counter:
-    """Creates a counter; its name ends in ``_total``."""
+def counter(name: str, help_text: str, labels: Sequence[str], registry: CollectorRegistry | None) -> Counter:
+    """Creates a counter; its name ends in ``_total``. Without a registry it is exported by metric files alone."""
     return Counter(name, help_text, _check_name(name, labels), registry=registry)
 
 

@@ -8,7 +8,6 @@ lacks are left out. The result replaces the lists before it as one immutable ver
 from __future__ import annotations
 
 import logging
-import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from prometheus_client import CollectorRegistry
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.errors import ReelwayError
 from reelway.platform.eventlog.live_lists_file import MAX_AGE_S, POPULAR, TRENDING, LiveListsFile, LiveListsSnapshot
+from reelway.platform.supervised_thread import SupervisedThread
 from reelway.platform.telemetry import counter, gauge
 from reelway.serving.popular import ListRows, PopularLists
 from reelway.serving.stages.arrays import Rows
@@ -183,9 +183,9 @@ def _rows_of_kind(kind: str, snapshot: LiveListsSnapshot, table: VideoTable) -> 
 
 def start_list_follower(
     lists: CurrentLists, table: VideoTable, overlay: str, release: str, *, every_s: float = POLL_INTERVAL_S
-) -> threading.Thread:
+) -> SupervisedThread:
     """Starts a thread that follows the file until the lists are released or the process ends."""
     follower = ListFollower(lists, table, overlay, release)
-    thread = threading.Thread(target=follower.follow, args=(every_s,), name="live-lists", daemon=True)
+    thread = SupervisedThread(follower.follow, args=(every_s,), name="live-lists", daemon=True)
     thread.start()
     return thread

@@ -10,7 +10,6 @@ counted, the table stays as it is, and the next poll tries again.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 import weakref
 from typing import Final
@@ -27,6 +26,7 @@ from reelway.platform.contracts.release_files import videos_schema
 from reelway.platform.errors import DataError, ReelwayError
 from reelway.platform.eventlog.feature_changelog import CREATORS, ENGAGEMENT, FIELDS, FeatureChangelog, latest_rows
 from reelway.platform.eventlog.upload_overlay import REQUEST_INTERVAL_S, OverlayRequests, UploadChangelog
+from reelway.platform.supervised_thread import SupervisedThread
 from reelway.serving.metrics import OverlayMetrics
 from reelway.serving.video_table import ABSENT, F32, I64, VideoTable
 
@@ -219,9 +219,9 @@ class OverlayFollower:
 
 def start_follower(
     table: VideoTable, overlay: str, release: str, *, every_s: float = POLL_INTERVAL_S
-) -> threading.Thread:
+) -> SupervisedThread:
     """Starts a thread that applies the overlay until the table is released or the process ends."""
     follower = OverlayFollower(table, overlay, release, OverlayMetrics(CollectorRegistry(), release))
-    thread = threading.Thread(target=follower.follow, args=(every_s,), name="live-overlay", daemon=True)
+    thread = SupervisedThread(follower.follow, args=(every_s,), name="live-overlay", daemon=True)
     thread.start()
     return thread

@@ -198,6 +198,12 @@ class IngressMetrics:
             [],
             registry,
         )
+        self.foreign_features = counter(
+            "reelway_ingress_foreign_features_total",
+            "Releases with traffic that were opened although the feature store has other feature services.",
+            ["release"],
+            registry,
+        )
         self.withheld = counter(
             "reelway_ingress_withheld_videos_total",
             "Videos that the last check removed from a slate: taken down, replaced, or not read yet.",

@@ -1,7 +1,6 @@
 """Loads the stages of a release from its folder. Each stage loads only its own files.
 
-``open_trusted`` rejects a release that no trusted key has signed. ``verify`` decides earlier whether a release may be
-served at all.
+``open_trusted`` verifies the release first, in every process that serves it. No other way leads a release to viewers.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from reelway.platform.contracts.manifest import (
     RANKER_FILE,
     VIDEOS_FILE,
     VIEWER_TOWER_FILE,
+    Manifest,
 )
 from reelway.platform.contracts.release_files import NEIGHBOURS_SCHEMA
 from reelway.platform.errors import IncompatibleReleaseError
@@ -31,9 +31,9 @@ from reelway.platform.eventlog.live_lists_file import POPULAR, TRENDING
 from reelway.platform.features.viewer_memory import ViewerMemory
 from reelway.platform.release.cache import ReleaseCache, ReleaseUse
 from reelway.platform.release.folder import read_manifest
-from reelway.platform.release.signing import check_signature, load_public_keys
+from reelway.platform.release.signing import load_public_keys
 from reelway.platform.release.store import ReleaseStore
-from reelway.platform.release.verify import read_blend, read_calibration
+from reelway.platform.release.verify import read_blend, read_calibration, verify_content, verify_manifest
 from reelway.platform.rollout.traffic.serving_options import ReleaseArgs
 from reelway.platform.tokens import TokenSigner
 from reelway.serving.in_process import InProcessRecommender
@@ -62,7 +62,8 @@ def open_trusted(source: ReleaseArgs, takedowns: TakedownFollower | None = None)
     """Returns the loader of a release and fetches the release if the cache lacks it.
 
     The release is in use until its video table is garbage; unused releases are removed from the cache. Blocks. Several
-    processes may call this function for the same cache.
+    processes may call this function for the same cache. All checks of ``verify`` apply, except for the feature
+    services, which the routers check, because they alone open the feature store.
 
     Args:
         takedowns: hides what is taken down in the release's video table.
@@ -72,12 +73,17 @@ def open_trusted(source: ReleaseArgs, takedowns: TakedownFollower | None = None)
         StorageError: if the release cannot be fetched.
         DigestMismatchError: if the fetched files are not those of the release.
         SignatureError: if no trusted key has signed the release.
+        GateFailedError: if a quality gate failed and is not waived.
+        IncompatibleReleaseError: if the files disagree with each other or with this version of Reelway.
     """
+    keys = load_public_keys(source.public_keys)
     cache, release = ReleaseCache(source.release_cache), ReleaseId(source.release)
     cache.prune()
     use = cache.hold(release)  # ends with the object, also if the release is rejected
-    folder = ReleaseStore(source.release_store).fetch(release, source.release_cache)
-    check_signature(read_manifest(folder), load_public_keys(source.public_keys))
+    folder = ReleaseStore(source.release_store).fetch(release, source.release_cache, public_keys=keys)
+    manifest = read_manifest(folder)
+    verify_manifest(manifest, public_keys=keys, expected_id=release)
+    verify_content(folder, manifest)
     return ReleaseLoader(folder, overlay=source.overlay, takedowns=takedowns, use=use)
 
 
@@ -104,9 +110,13 @@ class ReleaseLoader:
     clock: Callable[[], float] = time.time
     use: ReleaseUse | None = None
 
+    def manifest(self) -> Manifest:
+        """Returns the manifest of the release."""
+        return read_manifest(self.folder)
+
     def release_id(self) -> str:
         """Returns the full id of the release."""
-        return read_manifest(self.folder).release_id
+        return self.manifest().release_id
 
     def table(self) -> VideoTable:
         """Returns ``videos.arrow``, memory-mapped; all parts of this loader share one table."""
@@ -136,7 +146,7 @@ class ReleaseLoader:
 
     def router_release(self) -> RouterRelease:
         """Returns the parts of the release that a router holds."""
-        table, manifest = self.table(), read_manifest(self.folder)
+        table, manifest = self.table(), self.manifest()
         return RouterRelease(
             manifest.release_id,
             table,

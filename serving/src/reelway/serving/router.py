@@ -27,6 +27,7 @@ from reelway.platform.features.viewer_memory import NO_MEMORY, ViewerMemory, Vie
 from reelway.platform.features.viewer_rows import StoredViewer
 from reelway.platform.rollout.sequential import overlap_weight
 from reelway.platform.rollout.traffic.routing import ArmRoute, Routing
+from reelway.platform.supervised_thread import supervise_task
 from reelway.platform.tokens import TokenSigner
 from reelway.serving import metrics
 from reelway.serving.circuit_breaker import CircuitBreaker
@@ -197,6 +198,14 @@ class Router:
         """Counts a slate that was served and is not in the event log."""
         self._metrics.exposures_lost.labels(short_id(exposure.arm.release), exposure.arm.arm.value).inc()
 
+    def has_traffic(self, release: str) -> bool:
+        """Whether viewers are, or are about to be, on a release."""
+        return any(release in _with_traffic(routing) for routing in (self._requested, self._routing) if routing)
+
+    def count_foreign_features(self, release: str) -> None:
+        """Counts a release with traffic that was opened although the feature store has other feature services."""
+        self._metrics.foreign_features.labels(short_id(release)).inc()
+
     def current_releases(self) -> CurrentReleases:
         """Returns the routing in effect and the state of its releases."""
         routing = self._routing
@@ -268,6 +277,7 @@ class Router:
 
     def _open_in_background(self, routing: Routing) -> None:
         opening = asyncio.create_task(self._open_then_apply(routing))
+        supervise_task(opening, "routing")
         self._opening.add(opening)
         opening.add_done_callback(self._opening.discard)
 

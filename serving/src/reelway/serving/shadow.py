@@ -17,6 +17,7 @@ from reelway.platform.contracts.api import RecommendRequest
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.features.viewer_memory import ViewerMemoryState
 from reelway.platform.rollout.traffic.bucketing import bucket_of
+from reelway.platform.supervised_thread import supervise_task
 from reelway.serving.metrics import ShadowMetrics
 from reelway.serving.release_pool import OpenRelease
 from reelway.serving.request_path import Recommendation, RequestPath
@@ -67,6 +68,7 @@ class ShadowMirror:
             self._metrics.requests.labels(name, "dropped").inc()
             return
         task = asyncio.get_running_loop().create_task(self._mirror(release, path, mirrored_request, recommendation))
+        supervise_task(task, "shadow")
         self._in_flight.add(task)
         task.add_done_callback(self._in_flight.discard)
 

@@ -19,6 +19,7 @@ import numpy as np
 from reelway.platform.contracts.blend import MAX_SHOWN_VIDEOS
 from reelway.platform.errors import ReelwayError
 from reelway.platform.features.viewer_memory import I64, ShownSlate, ViewerMemory, ViewerMemoryState
+from reelway.platform.supervised_thread import SupervisedThread
 from reelway.serving.metrics import ShownMemoryMetrics
 
 log = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ class ShownMemory:
         self._flushing = threading.Event()
         self._is_closed = False
         self._is_writing = False
-        self._writer = threading.Thread(target=self._write, name="shown-memory", daemon=True)
+        self._writer = SupervisedThread(self._write, name="shown-memory", daemon=True)
         self._writer.start()
 
     def remember(self, viewer_id: int, video_ids: Sequence[int] | I64, shown_at_s: float) -> None:

@@ -23,6 +23,7 @@ from reelway.platform.eventlog.catalogue_events import ChangedStatus, TakedownSt
 from reelway.platform.eventlog.catalogue_log import is_at
 from reelway.platform.eventlog.event_log import EventLog, Offsets
 from reelway.platform.eventlog.topics import Topic, open_topic
+from reelway.platform.supervised_thread import SupervisedThread
 from reelway.serving.metrics import TakedownMetrics
 from reelway.serving.video_table import VideoTable
 
@@ -60,7 +61,7 @@ class TakedownFollower:
         self._clock = clock
         self._read_to_s = clock()  # no unread record is older, except than the follower itself
         self._stopped = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread: SupervisedThread | None = None
 
     def poll(self, wait_s: float = 0.0) -> int:
         """Reads new records and applies them to all tables. Returns the number of records.
@@ -132,7 +133,7 @@ class TakedownFollower:
 
     def start(self) -> TakedownFollower:
         """Starts a thread that follows the log until the process ends or ``stop`` is called."""
-        self._thread = threading.Thread(target=self.follow, name="takedowns", daemon=True)
+        self._thread = SupervisedThread(self.follow, name="takedowns", daemon=True, stop=self._stopped)
         self._thread.start()
         return self
 

@@ -14,9 +14,11 @@ from typer.testing import CliRunner
 from reelway.pipelines.commands import features as command
 from reelway.platform.features.vector_log import ServedVector
 from reelway.platform.features.vector_reader import VectorReader
-from reelway.platform.features.vector_retention import RETAIN_S
 from reelway.platform.features.vector_segments import VectorSegments, open_vector_log
+from reelway.platform.retention import HOUR_S, Retention
 from reelway.platform.rollout.sources.parity_store import ParityFindingsReader
+
+RETAIN_S = Retention().parity_hours * HOUR_S
 
 RUN = "memory://store/runs/production"
 VECTORS = "memory://store/vectors"

@@ -59,8 +59,10 @@ def test_silent_alertmanager_holds_the_rollout_when_its_answer_is_old(world: Con
 
 def test_truncated_delivery_holds_the_rollout(world: ControllerEnvironment) -> None:
     stepping(world)
+    controller, _ = polling(world)
     world.book.deliver([omission("{}:{}", 3)])
     assert world.tick() == ["hold"]
+    assert controller._metrics.failures.labels("alerts")._value.get() == 1
     assert "a delivery lacked 3 alerts of the group {}:{}" in world.state.reason
     world.book.deliver([omission("{}:{}", 0)])
     assert world.tick() == ["step"]

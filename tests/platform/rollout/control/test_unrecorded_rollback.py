@@ -76,7 +76,7 @@ def test_step_does_not_overwrite_an_unrecorded_rollback(
     fetch = world.source.fetch
 
     def fetch_slowly(*arguments: Any) -> Any:
-        if not decided and world.traffic.routing.rollback is None:
+        if not decided and world.state.phase is Phase.STEPPING:
             roll_back_unrecorded()
         return fetch(*arguments)
 

@@ -184,7 +184,10 @@ def parity(
     from reelway.pipelines.features.parity.replay import ReplayOptions, replay
     from reelway.pipelines.features.parity.run_files import RunFiles
     from reelway.platform.rollout.sources.parity_store import write_parity
+    from reelway.platform.viewer_pseudonyms import use_secret_of_run
 
+    if "://" not in run:
+        use_secret_of_run(RunDirectory(Path(run)).keys)
     options = ReplayOptions(
         vectors=log or f"{run}/{LOG_FILE}",
         events=events or (None if "://" in run else f"{run}/events"),

@@ -60,7 +60,9 @@ def stream(
     from reelway.platform.eventlog.addresses import KAFKA
     from reelway.platform.run_directory import RunDirectory
     from reelway.platform.stop_signals import stopped_by_signals
+    from reelway.platform.viewer_pseudonyms import use_secret_of_run
 
+    use_secret_of_run(RunDirectory(run).keys)
     stop = threading.Event()
     totals = {"events": 0, "rows": 0}
 

@@ -32,7 +32,7 @@ from reelway.platform.erasure.request import ErasedStore, ErasureRequest, erased
 from reelway.platform.errors import MalformedFileError, StorageError
 from reelway.platform.eventlog.erasures import anonymised, rows_kept
 
-BATCH_ROWS: Final = 65_536
+BATCH_ROWS: Final = 16_384
 _STORES: Final = {"dataset": "data set", "features": "features", "parity": "event copy"}
 """First folder below the run -> name in the report."""
 _OTHER: Final = "other tables"

@@ -41,6 +41,7 @@ from reelway.pipelines.training.rows import TrainingRows, digest_of_arrays, dige
 from reelway.platform.errors import TrainingError
 from reelway.platform.run_directory import digest_of
 from reelway.platform.stop_signals import preserved_stop_signals
+from reelway.platform.supervised_thread import SupervisedThread
 
 STATE_FILE = "state.pt"
 MAX_FAILURES = 3
@@ -266,7 +267,7 @@ def _tail_progress(path: Path, on_epoch: OnEpoch | None) -> Iterator[None]:
         while not ended.wait(_POLL_S):
             report_new_lines()
 
-    thread = threading.Thread(target=follow, name="training-progress", daemon=True)
+    thread = SupervisedThread(follow, name="training-progress", daemon=True, stop=ended)
     thread.start()
     try:
         yield

@@ -20,7 +20,7 @@ from rich.table import Table
 from reelway.platform.cli.terminal import print_status, stdout_console
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.contracts.manifest import MANIFEST_FILE, FeatureServiceRef, Manifest
-from reelway.platform.errors import ConfigError, FeatureError
+from reelway.platform.errors import ConfigError
 from reelway.platform.release.folder import read_manifest
 from reelway.platform.release.signing import create_keys, fingerprint, load_public_keys
 from reelway.platform.release.store import LATEST, ReleaseStore
@@ -141,9 +141,7 @@ def verify_release(
     features_dir = features or directory.features
 
     def verify_folder(folder: Path, expected_id: str | None) -> VerifiedRelease:
-        services = registered_services(
-            features_dir, read_manifest(folder).feature_services, required=features is not None
-        )
+        services = services_of_run(features_dir, read_manifest(folder).feature_services, required=features is not None)
         return verify(folder, public_keys=trusted, feature_services=services, expected_id=expected_id)
 
     if (Path(release) / MANIFEST_FILE).is_file():
@@ -152,7 +150,7 @@ def verify_release(
         source = _store(run, store)
         release_id = source.resolve(release)
         with tempfile.TemporaryDirectory(prefix="reelway-verify-") as temporary:
-            verified = verify_folder(source.fetch(release_id, Path(temporary)), release_id)
+            verified = verify_folder(source.fetch(release_id, Path(temporary), public_keys=trusted), release_id)
     _print_waivers(verified)
     table = Table("check", "result", title=f"release {short_id(verified.manifest.release_id)} may take traffic")
     for check in verified.checks:
@@ -185,9 +183,9 @@ def fetch_release(
         raise ConfigError("--verify and --public-keys: one is missing; give both or neither")
     source = ReleaseStore(release_store)
     release_id = source.resolve(release)
-    folder = source.fetch(release_id, to)
-    if public_keys is not None:
-        keys = load_public_keys(public_keys)
+    keys = load_public_keys(public_keys) if public_keys else None
+    folder = source.fetch(release_id, to, public_keys=keys)
+    if keys is not None:
         verified = verify(folder, public_keys=keys, feature_services=None, expected_id=release_id)
         print_status(f"release {short_id(release_id)} verified: {len(verified.checks)} checks passed")
         _print_waivers(verified)
@@ -204,9 +202,9 @@ def fetch_verified(run: RunDirectory, release: str) -> VerifiedRelease:
     """
     store = ReleaseStore(str(run.release_store))
     release_id = store.resolve(release)
-    folder = store.fetch(release_id, run.path / "serving" / "releases")
-    services = registered_services(run.features, read_manifest(folder).feature_services, required=False)
     keys = load_public_keys(run.keys)
+    folder = store.fetch(release_id, run.path / "serving" / "releases", public_keys=keys)
+    services = services_of_run(run.features, read_manifest(folder).feature_services, required=False)
     verified = verify(folder, public_keys=keys, feature_services=services, expected_id=release_id)
     print_status(f"release {short_id(release_id)} verified: {len(verified.checks)} checks passed")
     _print_waivers(verified)
@@ -220,7 +218,7 @@ def _print_waivers(verified: VerifiedRelease) -> None:
         )
 
 
-def registered_services(
+def services_of_run(
     features_dir: Path, expected: tuple[FeatureServiceRef, ...], *, required: bool
 ) -> dict[str, str] | None:
     """Returns the digests of the ``wanted`` feature services that the feature store has, by name.
@@ -231,18 +229,11 @@ def registered_services(
     Raises:
         FeatureError: if the store cannot be opened.
     """
-    from reelway.platform.features.feast_store import CONFIG_FILE, feature_service_digest, open_feature_store
+    from reelway.platform.features.feast_store import CONFIG_FILE, open_feature_store, registered_services
 
     if not required and not (features_dir / CONFIG_FILE).exists():
         return None
-    feature_store = open_feature_store(features_dir)
-    present = {}
-    for service in expected:
-        try:
-            present[service.name] = feature_service_digest(feature_store, service.name)
-        except FeatureError:
-            continue  # `verify` reports a service that is missing
-    return present
+    return registered_services(open_feature_store(features_dir), [service.name for service in expected])
 
 
 def _store(run: Path, store: str | None) -> ReleaseStore:

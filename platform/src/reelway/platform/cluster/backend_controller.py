@@ -9,19 +9,18 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from urllib.parse import urlsplit
 
 from reelway.platform.cluster.inference_service import InferenceServiceRankers, read_template
 from reelway.platform.cluster.kube_api import KubeApi
 from reelway.platform.cluster.kube_rollout_store import KubeRolloutStore
 from reelway.platform.cluster.leader_election import LeaderElector
-from reelway.platform.cluster.operator_settings import OperatorSettings, RaySettings
+from reelway.platform.cluster.operator_settings import OperatorSettings
 from reelway.platform.cluster.ray_service import RayServiceBackend
 from reelway.platform.cluster.remote_rankers import RankerReconciler, RemoteRankerBackend
 from reelway.platform.cluster.resources import Backend, RolloutResource
 from reelway.platform.cluster.rollout_cache import RolloutCache
+from reelway.platform.cluster.serve_address import serve_address
 from reelway.platform.cluster.serve_config_reconciler import ServeConfigReconciler
-from reelway.platform.errors import RolloutError
 from reelway.platform.rollout.control.alert_registry import AlertRegistry
 from reelway.platform.rollout.control.controller import Controller
 from reelway.platform.rollout.control.controller_metrics import ControllerMetrics
@@ -32,8 +31,9 @@ from reelway.platform.rollout.sources.parity_findings import ParityFindings
 from reelway.platform.rollout.sources.parity_store import ParityFindingsReader
 from reelway.platform.rollout.sources.prometheus_reader import PrometheusReader
 from reelway.platform.rollout.sources.series_reader import SeriesReader
-from reelway.platform.rollout.traffic.serve_rest import ServeAddress, ServeRestBackend
+from reelway.platform.rollout.traffic.serve_rest import ServeRestBackend
 from reelway.platform.rollout.traffic.target import TrafficTarget, traffic_target
+from reelway.platform.supervised_thread import SupervisedThread
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ class BackendController:
     Args:
         on_decision: called with each decision after it is recorded.
         lease: checked right before each write.
+        on_failure: called if the controller's thread ends with an unexpected exception.
 
     Raises:
         RolloutError: if the backend is on a host that the operator may not send Ray's token to.
@@ -59,6 +60,7 @@ class BackendController:
         metrics: ControllerMetrics,
         on_decision: Callable[[RolloutResource, HistoryEntry], None],
         lease: LeaderElector,
+        on_failure: Callable[[], None],
     ) -> None:
         address = serve_address(backend, api.namespace, settings.ray)
         self.key = backend.key
@@ -104,8 +106,12 @@ class BackendController:
             poll_s=settings.alertmanager.poll_interval_s,
             metrics=metrics,
         )
-        self._thread = threading.Thread(
-            target=controller.run, args=(self._stop, self.wake, settings.interval_s), name=f"controller {self.key}"
+        self._thread = SupervisedThread(
+            controller.run,
+            args=(self._stop, self.wake, settings.interval_s),
+            name=f"controller {self.key}",
+            kind="controller",
+            on_failure=on_failure,
         )
 
     def start(self) -> None:
@@ -113,8 +119,13 @@ class BackendController:
         log.info("controller of %s: started", self.key)
         self._thread.start()
         if self._rankers is not None:  # a request of its own may hang, so nothing waits for its end
-            threading.Thread(
-                target=self._rankers.run, args=(self._stop,), name=f"rankers {self.key}", daemon=True
+            SupervisedThread(
+                self._rankers.run,
+                args=(self._stop,),
+                name=f"rankers {self.key}",
+                daemon=True,
+                kind="rankers",
+                stop=self._stop,
             ).start()
 
     @property
@@ -155,29 +166,3 @@ class BackendController:
 
 def _parity_unknown() -> ParityFindings:
     return ParityFindings(problem="the operator has no parity findings; set parity_findings in its settings")
-
-
-def serve_address(backend: Backend, namespace: str, settings: RaySettings) -> ServeAddress:
-    """Returns the address of a backend's Serve.
-
-    Raises:
-        RolloutError: if its host is neither in this namespace nor trusted: Ray's token would be sent outside.
-    """
-    if backend.ray_service is not None:
-        names = {"name": backend.ray_service.name, "namespace": namespace}
-        return ServeAddress(
-            settings.internal_url.format(**names), settings.dashboard_url.format(**names), settings.token_file
-        )
-    assert backend.serve is not None, "a backend is a RayService or a Serve endpoint"
-    for url in (backend.serve.api, backend.serve.url):
-        host = urlsplit(url).hostname or ""
-        local = "." not in host or host.endswith(
-            (f".{namespace}", f".{namespace}.svc", f".{namespace}.svc.cluster.local")
-        )
-        if not (local or host in settings.trusted_hosts):
-            raise RolloutError(
-                f"spec.backend.serve: host {host!r} is neither a Service of namespace {namespace} nor one of the "
-                f"operator's trusted hosts ({', '.join(settings.trusted_hosts) or 'none'}); add it to "
-                "ray.trusted_hosts in the operator's settings"
-            )
-    return ServeAddress(backend.serve.url, backend.serve.api, settings.token_file)

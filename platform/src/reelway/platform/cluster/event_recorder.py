@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import queue
-import threading
 import uuid
 from typing import Any, Final
 
@@ -17,6 +16,7 @@ from reelway.platform.cluster.resources import GROUP, ROLLOUT_KIND, VERSION, Rol
 from reelway.platform.cluster.status import format_time
 from reelway.platform.errors import KubernetesError
 from reelway.platform.rollout.records import HistoryEntry
+from reelway.platform.supervised_thread import SupervisedThread
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class EventRecorder:
     def __init__(self, api: KubeApi, instance: str) -> None:
         self._api, self._instance = api, instance
         self._waiting: queue.Queue[dict[str, Any] | None] = queue.Queue(_QUEUE_LIMIT)
-        self._thread = threading.Thread(target=self._write, name="events", daemon=True)
+        self._thread = SupervisedThread(self._write, name="events", daemon=True)
         self._thread.start()
 
     def record_decision(self, resource: RolloutResource, entry: HistoryEntry) -> None:

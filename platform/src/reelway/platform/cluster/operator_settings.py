@@ -10,12 +10,13 @@ import os
 import secrets
 import socket
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from reelway.platform.cluster.inference_service import read_template
+from reelway.platform.cluster.service_url import trusted_url
 from reelway.platform.listen_address import EVERYWHERE
 from reelway.platform.rollout.control.controller_settings import (
     AlertmanagerSettings,
@@ -66,8 +67,27 @@ class RaySettings(SettingsGroup):
     dashboard_url: UrlTemplate = "http://{name}-head-svc.{namespace}.svc:8265"
     internal_url: UrlTemplate = "http://{name}-head-svc.{namespace}.svc:9101"
     trusted_hosts: tuple[str, ...] = Field(
-        default=(), description="hosts outside the namespace to which Ray's token may be sent"
+        default=(), description="hosts to which Ray's token may be sent although they are no Services of the namespace"
     )
+
+    @model_validator(mode="after")
+    def _templates_name_trusted_hosts(self) -> Self:
+        templates: tuple[Literal["dashboard_url", "internal_url"], ...] = ("dashboard_url", "internal_url")
+        for name in templates:
+            try:
+                self.url_of(name, "name", "namespace")
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+        return self
+
+    def url_of(self, template: Literal["dashboard_url", "internal_url"], name: str, namespace: str) -> str:
+        """Returns the URL that a template gives for a RayService.
+
+        Raises:
+            ValueError: if Ray's token must not be sent there; see ``trusted_url``.
+        """
+        url: str = getattr(self, template).format(name=name, namespace=namespace)
+        return trusted_url(url, namespace, self.trusted_hosts)
 
 
 class OperatorSettings(BaseSettings):
@@ -96,6 +116,11 @@ class OperatorSettings(BaseSettings):
     ray: RaySettings = RaySettings()
     release_store: str | None = Field(
         default=None, description="path or URL of the release store; its releases are recorded as Release resources"
+    )
+    public_keys: Path | None = Field(
+        default=None,
+        description="trusted public keys (PEM file or folder with *.public.pem); a rollout starts only if one of them "
+        "signed the release and its gates hold. None leaves this check to the serving processes",
     )
     parity_findings: str | None = Field(
         default=None,

@@ -1,7 +1,7 @@
 """Reconciles Release resources with the release store, so that users see the releases with ``kubectl``.
 
 The store is authoritative; a ``Release`` repeats parts of the manifest. Every release in the store is recorded,
-whichever job or machine wrote it. Signatures and gates are verified where a release is served, not here.
+whichever job or machine wrote it. ``release_checks`` and the processes that serve a release verify it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from reelway.platform.cluster.resources import (
     ReleaseStatus,
 )
 from reelway.platform.cluster.status import format_time
+from reelway.platform.contracts.ids import short_id
 from reelway.platform.contracts.manifest import Manifest
-from reelway.platform.errors import ReelwayError
+from reelway.platform.errors import ReelwayError, ReleaseError
 from reelway.platform.release.store import ReleaseStore
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ class ReleaseReconciler:
 
         Raises:
             StorageError: if the store cannot be read, or the API server rejects a request (KubernetesError).
-            DigestMismatchError: if a manifest is damaged; the other releases are recorded first.
+            ReleaseError: if a manifest is damaged; the other releases are recorded first.
         """
         recorded = {one["spec"]["id"]: one for one in self._api.list(PATH)}
         present = set(self._store.ids())
@@ -78,6 +79,9 @@ class ReleaseReconciler:
                 self._write(document, self._store.manifest(release_id))
             except ReelwayError as error:
                 damaged = error
+            except Exception as error:  # a manifest that nobody thought of must not hide the other releases
+                log.exception("release %s: not recorded", short_id(release_id))
+                damaged = ReleaseError(f"release {short_id(release_id)}: {type(error).__name__}: {error}")
         for release_id in recorded.keys() - present:
             if (
                 recorded[release_id]["spec"]["store"] == self._store.url

@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
+from reelway.platform.cluster.service_url import DNS_LABEL, URL
 from reelway.platform.errors import ConfigError
 from reelway.platform.rollout.alerts import KnownAlert
 from reelway.platform.rollout.policy import RolloutPolicy, parse_policy
@@ -62,14 +63,14 @@ class PolicyReference(_Model):
 class RayServiceReference(_Model):
     """A KubeRay RayService of the same namespace."""
 
-    name: Annotated[str, Field(min_length=1, max_length=47)]
+    name: Annotated[str, Field(pattern=f"^{DNS_LABEL}$", max_length=47)]
 
 
 class ServeEndpoint(_Model):
-    """A Ray Serve without KubeRay. Ray's token is sent to hosts of this namespace and to trusted hosts only."""
+    """A Ray Serve without KubeRay. Ray's token is sent to Services of this namespace and to trusted hosts only."""
 
-    api: Annotated[str, Field(pattern=r"^https?://", max_length=512, description="base URL of the Ray dashboard")]
-    url: Annotated[str, Field(pattern=r"^https?://", max_length=512, description="base URL of the internal API")]
+    api: Annotated[str, Field(pattern=f"^{URL}$", max_length=512, description="base URL of the Ray dashboard")]
+    url: Annotated[str, Field(pattern=f"^{URL}$", max_length=512, description="base URL of the internal API")]
 
 
 class Backend(_Model):

@@ -25,6 +25,7 @@ from reelway.platform.cluster.kube_rollout_store import KubeRolloutStore
 from reelway.platform.cluster.leader_election import LeaderElector
 from reelway.platform.cluster.operator_http import operator_application
 from reelway.platform.cluster.operator_settings import OperatorSettings
+from reelway.platform.cluster.release_checks import ReleaseChecks
 from reelway.platform.cluster.release_reconciler import ReleaseReconciler
 from reelway.platform.cluster.resources import FINALIZER, Backend, PolicyReference, RayServiceReference, RolloutResource
 from reelway.platform.cluster.rollout_cache import InformerCache
@@ -37,6 +38,7 @@ from reelway.platform.rollout.control.controller_metrics import ControllerMetric
 from reelway.platform.rollout.control.webhook import serve_in_thread
 from reelway.platform.rollout.policy import RolloutPolicy, default_policy, parse_policy
 from reelway.platform.stop_signals import stopped_by_signals
+from reelway.platform.supervised_thread import SupervisedThread
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +84,10 @@ class RolloutOperator:
         """Whether the started rollouts have controllers. An alert before that would reach none of them."""
         self._last_errors: dict[str, str] = {}
         self._failure = ""
+        self._releases: ReleaseChecks | None = None
+        if settings.release_store and settings.public_keys:
+            self._releases = ReleaseChecks(settings.release_store, settings.public_keys)
+        self._stop = threading.Event()
 
     def run(self, stop: threading.Event) -> None:
         """Waits for the Lease, then manages rollouts until stopped.
@@ -89,21 +95,30 @@ class RolloutOperator:
         Raises:
             KubernetesError: as ``run_operator``.
         """
-        settings = self._settings
-        lease = self._lease
+        settings, lease, self._stop = self._settings, self._lease, stop
         if not lease.acquire(stop):
             return
         renewal_stop = threading.Event()
-        renewal = threading.Thread(
-            target=lease.renew_until,
-            args=(renewal_stop, lambda: self._fail("the lease was lost", stop), self.metrics.cut_off.set),
+        renewal = SupervisedThread(
+            lease.renew_until,
+            args=(renewal_stop, lambda: self._fail("the lease was lost"), self.metrics.cut_off.set),
             name="lease",
+            on_failure=lambda: self._fail("the renewal of the lease failed"),
         )
-        # Both only read rollouts or write Releases, so nothing waits for a request of theirs at the end.
-        readers = [threading.Thread(target=self._run_watch, args=(stop,), name="watch", daemon=True)]
+        # Neither writes traffic, so nothing waits for a request of theirs at the end.
+        readers = [
+            SupervisedThread(
+                self._run_watch, args=(stop,), name="watch", daemon=True,
+                on_failure=lambda: self._fail("the watch of rollouts failed"),
+            )
+        ]  # fmt: skip
         if settings.release_store:
             records = ReleaseReconciler(self._api, settings.release_store)
-            readers.append(threading.Thread(target=records.run, args=(stop,), name="releases", daemon=True))
+            readers.append(SupervisedThread(records.run, args=(stop,), name="releases", daemon=True, stop=stop))
+        if self._releases is not None:
+            readers.append(
+                SupervisedThread(self._releases.run, args=(stop,), name="release-checks", daemon=True, stop=stop)
+            )
         try:
             self._active = True
             renewal.start()
@@ -149,9 +164,15 @@ class RolloutOperator:
             KubernetesError: if another replica is active or the alerts cannot be stored; deliver them again.
         """
         self._require_rollouts()
-        news = list(news)
-        changed = [controller.alerts.deliver(news) for controller in list(self._controllers.values())]
-        return any(changed)
+        news, changed, failure = list(news), False, None
+        for controller in list(self._controllers.values()):
+            try:
+                changed |= controller.alerts.deliver(news)
+            except ReelwayError as error:  # the others learn of the alerts nevertheless
+                failure = error
+        if failure is not None:
+            raise failure
+        return changed
 
     def _require_rollouts(self) -> None:
         if not (self._active and self._controllers_known):
@@ -248,6 +269,8 @@ class RolloutOperator:
             return False
         live, unseen = (None, "") if before else _live(controller)
         verdict = admit(resource, policy, previous=before, live=live, unknown_reason=unseen, now=time.time())
+        if isinstance(verdict, Admitted) and self._releases is not None:
+            verdict = self._releases.problem(resource.spec.release) or verdict
         if not isinstance(verdict, Admitted):
             self._record_not_started(resource, verdict)
             return False
@@ -297,23 +320,22 @@ class RolloutOperator:
         if controller is None:
             on_decision = self._events.record_decision if self._events else lambda *_: None
             controller = BackendController(
-                self._api, self._cache, backend, self._settings, self.metrics, on_decision, self._lease
-            )
+                self._api, self._cache, backend, self._settings, self.metrics, on_decision, self._lease,
+                lambda: self._fail(f"the controller of {backend.key} failed"),
+            )  # fmt: skip
             self._controllers[backend.key] = controller
             controller.start()
         return controller
 
     def _run_watch(self, stop: threading.Event) -> None:
-        try:
-            self._watch.run(stop)
-        except Exception:
-            log.exception("watch of rollouts failed with an unexpected error")
+        self._watch.run(stop)
         if not stop.is_set():
-            self._fail("the watch of rollouts ended", stop)
+            self._fail("the watch of rollouts ended")
 
-    def _fail(self, why: str, stop: threading.Event) -> None:
+    def _fail(self, why: str) -> None:
+        """Ends the operator with an error."""
         self._failure = why
-        stop.set()
+        self._stop.set()
 
     def _record_event(self, resource: RolloutResource, action: str, message: str) -> None:
         if self._events is not None:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from datetime import datetime
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 
 SCHEMA_VERSION: Final = 1
+MAX_MANIFEST_BYTES: Final = 1 << 20
+"""Largest ``manifest.json`` that is written or read."""
 
 VIEWER_TOWER_FILE: Final = "viewer_tower.onnx"
 VIDEO_TOWER_FILE: Final = "video_tower.onnx"
@@ -47,7 +48,7 @@ class FileEntry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     sha256: Sha256
-    size_bytes: Annotated[int, Field(ge=0)]
+    size_bytes: Annotated[int, Field(ge=0, le=1 << 50)]
 
 
 class TrainingWindow(BaseModel):
@@ -55,8 +56,8 @@ class TrainingWindow(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    start: datetime
-    end: datetime
+    start: AwareDatetime
+    end: AwareDatetime
 
 
 class FeatureServiceRef(BaseModel):
@@ -114,7 +115,7 @@ class Manifest(BaseModel):
     schema_version: Literal[1] = 1
     name: str
     parent: str | None = None
-    created_at: datetime
+    created_at: AwareDatetime
     code_version: str
     seed: int
     training_window: TrainingWindow

@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -151,6 +153,15 @@ def feature_service(store: FeatureStore, name: str) -> Any:
         raise FeatureError(
             f"feature service {name!r} is not registered, expected one of {known}; run `reelway features`"
         ) from error
+
+
+def registered_services(store: FeatureStore, names: Iterable[str]) -> dict[str, str]:
+    """Returns the digests of those feature services that the store has, by name."""
+    present = {}
+    for name in names:
+        with suppress(FeatureError):
+            present[name] = feature_service_digest(store, name)
+    return present
 
 
 def feature_service_digest(store: FeatureStore, name: str) -> str:

@@ -14,10 +14,10 @@ from typing import Any, Final
 
 from fsspec import AbstractFileSystem
 
+from reelway.platform.retention import HOUR_S, retention
+
 log = logging.getLogger(__name__)
 
-RETAIN_S: Final = 86_400.0
-"""Age from which vectors are deleted, whether or not they were replayed: findings are about the last day."""
 MAX_TOTAL_BYTES: Final = 2 << 30
 """Size of all logs below one URL or folder. Beyond it the oldest files are deleted."""
 SUFFIXES: Final = (".jsonl", ".jsonl.1")
@@ -28,16 +28,19 @@ def delete_expired(
 ) -> list[str]:
     """Deletes what is too old, then the oldest files beyond the size. Returns the paths; a single file is left alone.
 
+    ``Retention.parity_hours`` is the age from which vectors are deleted, whether or not they were replayed.
+
     Raises:
         OSError: if the folder cannot be listed or a file cannot be deleted. Client libraries may raise other errors.
     """
     if not files.isdir(root):
         return []
+    oldest_s = now_s - retention().parity_hours * HOUR_S
     found = sorted(_logs(files, root))
     kept_bytes = sum(size for _, size, _ in found)
     deleted = []
     for written_s, size, path in found:
-        if written_s >= now_s - RETAIN_S and kept_bytes <= max_total_bytes:
+        if written_s >= oldest_s and kept_bytes <= max_total_bytes:
             break
         with suppress(FileNotFoundError):  # another process deleted it
             files.rm_file(path)

@@ -25,6 +25,7 @@ import fsspec
 from reelway.platform.errors import ConfigError
 from reelway.platform.features.vector_log import MAX_BYTES, SampledVectors, VectorLog, host_log_path
 from reelway.platform.features.vector_retention import delete_expired
+from reelway.platform.supervised_thread import SupervisedThread
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class VectorSegments(SampledVectors):
         self._written: deque[tuple[str, int]] = deque()
         self._last_ms = 0
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._write_until_stopped, name="vector-segments", daemon=True)
+        self._thread = SupervisedThread(self._write_until_stopped, name="vector-segments", daemon=True, stop=self._stop)
         self._thread.start()
 
     def _store(self, line: bytes) -> None:

@@ -31,7 +31,7 @@ def erase_viewer_rows(store: FeatureStore, viewer_ids: Sequence[int], *, dry_run
     from feast.infra.online_stores.sqlite import SqliteOnlineStore
 
     online = store._get_provider().online_store
-    if type(online) is RedisOnlineStore:
+    if isinstance(online, RedisOnlineStore):
         erase = _erase_in_redis
     elif type(online) is SqliteOnlineStore:
         erase = _erase_in_sqlite

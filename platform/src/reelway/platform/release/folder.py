@@ -6,16 +6,33 @@ changed. ``verify`` checks everything else: signature, gates and compatibility.
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import from_json
 
-from reelway.platform.atomic_files import write_json
-from reelway.platform.contracts.manifest import MANIFEST_FILE, RELEASE_FILES, SCHEMA_VERSION, FileEntry, Manifest
-from reelway.platform.errors import DigestMismatchError, IncompatibleReleaseError, ReleaseNotFoundError
+from reelway.platform.atomic_files import atomic_file
+from reelway.platform.contracts.manifest import (
+    MANIFEST_FILE,
+    MAX_MANIFEST_BYTES,
+    RELEASE_FILES,
+    SCHEMA_VERSION,
+    FileEntry,
+    Manifest,
+)
+from reelway.platform.errors import (
+    DigestMismatchError,
+    IncompatibleReleaseError,
+    ReleaseError,
+    ReleaseNotFoundError,
+    StorageError,
+)
+from reelway.platform.release.regular_files import copy_bounded, open_regular_file, read_at_most
 
 
 def describe_files(folder: Path) -> dict[str, FileEntry]:
@@ -34,11 +51,13 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises:
         ReleaseNotFoundError: if there is no manifest.
+        DigestMismatchError: if it is not a manifest.
         IncompatibleReleaseError: if this version cannot read it.
     """
     path = folder / MANIFEST_FILE
     try:
-        raw = path.read_bytes()
+        with open_regular_file(path) as file:
+            raw = read_at_most(file, MAX_MANIFEST_BYTES, str(path))
     except FileNotFoundError:
         raise ReleaseNotFoundError(f"{folder} has no {MANIFEST_FILE}; it is not a release") from None
     return parse_manifest(raw, where=str(path))
@@ -52,17 +71,19 @@ def parse_manifest(raw: bytes, where: str) -> Manifest:
         where: its path or URL, for messages.
 
     Raises:
-        DigestMismatchError: if it is not JSON, or does not list exactly the files of a release.
+        DigestMismatchError: if it is not JSON of at most 200 levels with distinct keys, or does not list exactly the
+            files of a release.
         IncompatibleReleaseError: if it has another schema version, or an invalid field.
     """
     try:
-        body = json.loads(raw)
+        body = from_json(raw, allow_inf_nan=False)  # bounds nesting and numbers; rejects lone surrogates
+        json.loads(raw, object_pairs_hook=_distinct_keys, parse_float=_finite)
     except ValueError as error:
         raise DigestMismatchError(f"{where} is not JSON: {error}; the file is damaged, fetch it again") from error
     version = body.get("schema_version") if isinstance(body, dict) else None
     if version != SCHEMA_VERSION:
         raise IncompatibleReleaseError(
-            f"{where} has schema version {version!r}, this version of Reelway reads {SCHEMA_VERSION}; "
+            f"{where} has schema version {repr(version)[:20]}, this version of Reelway reads {SCHEMA_VERSION}; "
             "use the Reelway that built it"
         )
     try:
@@ -74,8 +95,29 @@ def parse_manifest(raw: bytes, where: str) -> Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes ``manifest.json`` atomically."""
-    write_json(folder / MANIFEST_FILE, manifest.model_dump(mode="json"))
+    """Writes ``manifest.json`` atomically.
+
+    Raises:
+        ReleaseError: see ``manifest_bytes``.
+    """
+    content = manifest_bytes(manifest)
+    with atomic_file(folder / MANIFEST_FILE) as temporary:
+        temporary.write_bytes(content)
+
+
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """Returns the content of ``manifest.json``.
+
+    Raises:
+        ReleaseError: if the manifest is longer than what is read.
+    """
+    content = json.dumps(manifest.model_dump(mode="json"), indent=2, sort_keys=True).encode() + b"\n"
+    if len(content) > MAX_MANIFEST_BYTES:
+        raise ReleaseError(
+            f"{MANIFEST_FILE} of {manifest.name!r} has {len(content)} bytes, at most {MAX_MANIFEST_BYTES} are read; "
+            "shorten its config"
+        )
+    return content
 
 
 def first_validation_error(error: ValidationError) -> str:
@@ -123,14 +165,35 @@ def check_files(folder: Path, manifest: Manifest) -> None:
     """Reads every file of the folder and compares it with the manifest.
 
     Raises:
-        DigestMismatchError: see ``check_file_entries``.
+        DigestMismatchError: see ``check_file_entries``; also if a file is a link or a special file.
+        StorageError: if a file cannot be read.
     """
     names = {path.name for path in folder.iterdir()} - {MANIFEST_FILE}
     check_file_names(names, str(folder))
-    check_file_entries(manifest.files, {name: _describe(folder / name) for name in sorted(names)}, str(folder))
+    actual = {name: _describe(folder / name, entry.size_bytes) for name, entry in manifest.files.items()}
+    check_file_entries(manifest.files, actual, str(folder))
 
 
-def _describe(path: Path) -> FileEntry:
-    with path.open("rb") as handle:
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()
-        return FileEntry(sha256=digest, size_bytes=handle.tell())
+def _describe(path: Path, limit_bytes: int | None = None) -> FileEntry:
+    try:
+        with open_regular_file(path) as file:
+            size_bytes = os.fstat(file.fileno()).st_size if limit_bytes is None else limit_bytes
+            return copy_bounded(file, None, size_bytes, str(path))
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"number {text[:40]} is beyond the range of a float")
+    return value
+
+
+def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in document:
+            raise ValueError(f"key {key[:40]!r} appears twice")
+        document[key] = value
+    return document

@@ -1,7 +1,8 @@
 """A release store: one folder per release, named by its id, on any fsspec file system.
 
 A release exists once its manifest does. The manifest is written last and atomically, so an interrupted write is never
-visible. Stored files are not trusted: ``fetch`` checks every digest, and ``verify`` everything else.
+visible. Stored files are not trusted. ``fetch`` reads no file before the manifest's signature is checked, no file
+beyond its size, and no link; it checks every digest. ``verify`` checks everything else.
 """
 
 from __future__ import annotations
@@ -15,14 +16,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from reelway.platform.atomic_files import atomic_directory
 from reelway.platform.contracts.ids import ReleaseId, short_id
-from reelway.platform.contracts.manifest import MANIFEST_FILE, REHEARSAL_PREFIX, Manifest
+from reelway.platform.contracts.manifest import (
+    MANIFEST_FILE,
+    MAX_MANIFEST_BYTES,
+    REHEARSAL_PREFIX,
+    FileEntry,
+    Manifest,
+)
 from reelway.platform.errors import (
     ConfigError,
     DigestMismatchError,
@@ -31,7 +39,16 @@ from reelway.platform.errors import (
     ReleaseNotFoundError,
     StorageError,
 )
-from reelway.platform.release.folder import check_files, parse_manifest, read_manifest, write_manifest
+from reelway.platform.release.folder import (
+    check_file_entries,
+    check_files,
+    manifest_bytes,
+    parse_manifest,
+    read_manifest,
+    write_manifest,
+)
+from reelway.platform.release.regular_files import copy_bounded, open_regular_file, read_at_most
+from reelway.platform.release.signing import check_signature
 
 log = logging.getLogger(__name__)
 
@@ -148,12 +165,14 @@ class ReleaseStore:
 
         Raises:
             ReleaseNotFoundError: if the store does not have the release.
-            DigestMismatchError: if the content does not match the id.
+            DigestMismatchError: if the content does not match the id, or the file is longer than a manifest may be.
+            IncompatibleReleaseError: if this version cannot read it.
         """
         path = f"{self._release_path(release_id)}/{MANIFEST_FILE}"
         with self._translate_errors(f"read {path}"):
             try:
-                raw = self._fs.cat_file(path)
+                with self._open(release_id, MANIFEST_FILE) as file:
+                    raw = read_at_most(file, MAX_MANIFEST_BYTES, path)
             except FileNotFoundError:
                 raise ReleaseNotFoundError(f"release {short_id(release_id)} is not in {self.url}") from None
         manifest = parse_manifest(raw, where=path)
@@ -163,27 +182,40 @@ class ReleaseStore:
             )
         return manifest
 
-    def fetch(self, release_id: ReleaseId, cache: Path) -> Path:
+    def fetch(
+        self, release_id: ReleaseId, cache: Path, *, public_keys: Sequence[Ed25519PublicKey] | None = None
+    ) -> Path:
         """Returns a local folder with the complete release, downloaded to ``cache`` unless it is there; checks digests.
 
         The folder is complete or absent, even if several processes of one machine fetch at once. Its files can be
         memory-mapped.
 
+        Args:
+            public_keys: trusted keys; one of them must have signed the manifest, else no file is read. None does not
+                check the signature, such as for a copy that is not served.
+
         Raises:
             ReleaseNotFoundError: if the store does not have the release.
-            DigestMismatchError: if a file does not match the manifest.
+            SignatureError: if none of ``public_keys`` signed the release.
+            DigestMismatchError: if a file does not match the manifest, or is a link or a special file.
             StorageError: if the store cannot be read, or the cache is full.
         """
         target = cache / release_id
         with _exclusive_lock(cache / f".{release_id}.lock"):
-            if target.exists() and _is_intact(target, release_id):
+            manifest = _cached_manifest(target, release_id) if target.exists() else None
+            if manifest is not None:
+                if public_keys is not None:
+                    check_signature(manifest, public_keys)
                 return target
             manifest = self.manifest(release_id)
+            if public_keys is not None:
+                check_signature(manifest, public_keys)
             with atomic_directory(target) as temporary:
-                for name in manifest.files:
-                    with self._translate_errors(f"read {name} of release {short_id(release_id)}"):
-                        self._fs.get_file(f"{self._release_path(release_id)}/{name}", str(temporary / name))
-                check_files(temporary, manifest)
+                copied = {
+                    name: self._copy(release_id, name, entry, temporary / name)
+                    for name, entry in manifest.files.items()
+                }
+                check_file_entries(manifest.files, copied, self._release_path(release_id))
                 write_manifest(temporary, manifest)
         return target
 
@@ -199,15 +231,34 @@ class ReleaseStore:
             self._fs.rm_file(f"{self._release_path(release_id)}/{MANIFEST_FILE}")
             self._fs.rm(self._release_path(release_id), recursive=True)
 
+    def _copy(self, release_id: ReleaseId, name: str, entry: FileEntry, target: Path) -> FileEntry:
+        """Copies a file, but not more of it than ``entry`` says. Returns what was copied."""
+        with (
+            self._translate_errors(f"read {name} of release {short_id(release_id)}"),
+            self._open(release_id, name) as source,
+            target.open("xb") as sink,
+        ):
+            return copy_bounded(source, sink, entry.size_bytes, f"{self._release_path(release_id)}/{name}")
+
+    def _open(self, release_id: str, name: str) -> BinaryIO:
+        """Opens a file of a release. On a local file system neither the file nor its folder may be a link."""
+        folder = self._release_path(release_id)
+        if not isinstance(self._fs, LocalFileSystem):
+            file: BinaryIO = self._fs.open(f"{folder}/{name}", "rb", cache_type="none")
+            return file
+        if Path(folder).is_symlink():
+            raise DigestMismatchError(f"{folder} is a link, expected a folder; copy the release into the store")
+        return open_regular_file(Path(folder, name))
+
     def _upload(self, release_id: ReleaseId, names: Mapping[str, Path], manifest: Manifest) -> None:
         """Uploads the files, then the manifest that makes them visible: object stores have no atomic rename."""
-        release_path = self._release_path(release_id)
+        release_path, content = self._release_path(release_id), manifest_bytes(manifest)
         try:
             with self._translate_errors(f"write release {short_id(release_id)}"):
                 self._fs.makedirs(release_path, exist_ok=True)
                 for name, path in names.items():
                     self._fs.put_file(str(path), f"{release_path}/{name}")
-                self._fs.pipe_file(f"{release_path}/{MANIFEST_FILE}", manifest.model_dump_json(indent=2).encode())
+                self._fs.pipe_file(f"{release_path}/{MANIFEST_FILE}", content)
         except BaseException:
             self._discard(release_path)
             raise
@@ -288,15 +339,15 @@ def _summary(release_id: ReleaseId, manifest: Manifest) -> ReleaseSummary:
     )
 
 
-def _is_intact(folder: Path, release_id: ReleaseId) -> bool:
-    """Returns whether a cached folder still matches its manifest and can be used again."""
+def _cached_manifest(folder: Path, release_id: ReleaseId) -> Manifest | None:
+    """Returns the manifest of a cached folder that can be used again, or None if it is not the complete release."""
     try:
         manifest = read_manifest(folder)
         check_files(folder, manifest)
     except ReelwayError as error:
         log.warning("cached release %s is damaged, fetching it again: %s", short_id(release_id), error)
-        return False
-    return manifest.release_id == release_id
+        return None
+    return manifest if manifest.release_id == release_id else None
 
 
 @contextmanager

@@ -8,9 +8,11 @@ mapped and are rejected.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from reelway.platform.contracts.manifest import (
     CONTENT_NEIGHBOURS_FILE,
@@ -28,6 +30,8 @@ from reelway.platform.contracts.release_files import (
     videos_schema,
 )
 from reelway.platform.errors import IncompatibleReleaseError
+
+_ROWS_PER_PART: Final = 65_536
 
 
 def open_table(path: Path, schema: pa.Schema) -> pa.RecordBatch:
@@ -65,8 +69,7 @@ def check_tables(folder: Path, dimensions: Dimensions) -> None:
     video_id = videos.column("video_id").to_numpy()
     if rows > 1 and not (np.diff(video_id) > 0).all():
         raise IncompatibleReleaseError(f"{VIDEOS_FILE}: video_id does not ascend strictly; lookups would miss videos")
-    embedding = videos.column("embedding").flatten().to_numpy().reshape(rows, -1)
-    lengths = np.linalg.norm(embedding, axis=1)
+    lengths = _row_lengths(videos.column("embedding").flatten().to_numpy().reshape(rows, -1))
     if not np.allclose(lengths, 1.0, atol=1e-3):
         worst = int(np.argmax(np.nan_to_num(np.abs(lengths - 1.0), nan=np.inf)))
         raise IncompatibleReleaseError(
@@ -89,6 +92,14 @@ def check_tables(folder: Path, dimensions: Dimensions) -> None:
         )
     _check_rows(CREATORS_FILE, creators.column("similar"), creators.num_rows)
     _check_rows(CREATORS_FILE, creators.column("best"), rows)
+
+
+def _row_lengths(matrix: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Returns the Euclidean length of each row, in parts: every process that serves the release checks it."""
+    lengths = np.empty(len(matrix), dtype=np.float32)
+    for start in range(0, len(matrix), _ROWS_PER_PART):
+        lengths[start : start + _ROWS_PER_PART] = np.linalg.norm(matrix[start : start + _ROWS_PER_PART], axis=1)
+    return lengths
 
 
 def _check_rows(name: str, column: pa.FixedSizeListArray, rows: int) -> None:

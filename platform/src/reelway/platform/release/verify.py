@@ -81,18 +81,11 @@ def verify(
         ReleaseNotFoundError: if the folder has no manifest.
     """
     manifest = read_manifest(folder)
-    check_id(manifest, expected_id)
-    checks = [PassedCheck("manifest", f"{manifest.name}, id {short_id(manifest.release_id)}")]
+    checks = list(verify_manifest(manifest, public_keys=public_keys, expected_id=expected_id))
 
     def passed(name: str, detail: str) -> None:
         checks.append(PassedCheck(name, detail))
 
-    key = check_signature(manifest, public_keys)
-    passed("signature", f"by key {fingerprint(key)}")
-    waived = check_gates(manifest.gates, manifest.waivers)
-    passed("gates", f"{len(manifest.gates) - len(waived)} hold" + (f", {len(waived)} WAIVED" if waived else ""))
-    for waiver in waived:
-        passed("WAIVED", f"gate {waiver.gate}, by {waiver.by}: {waiver.reason}")
     check_files(folder, manifest)
     size_bytes = sum(entry.size_bytes for entry in manifest.files.values())
     passed("files", f"{len(manifest.files)} with their digests, {size_bytes / 1e6:.1f} MB")
@@ -101,18 +94,58 @@ def verify(
     else:
         check_feature_services(manifest.feature_services, feature_services)
         passed("feature services", ", ".join(service.name for service in manifest.feature_services))
-    check_contract(manifest.dimensions)
-    check_tables(folder, manifest.dimensions)
-    passed("tables", f"{manifest.dimensions.videos} videos")
-    if problems := dimension_mismatches(manifest.dimensions, read_dimensions(folder)):
+    checks += verify_content(folder, manifest, read_dimensions)
+    return VerifiedRelease(manifest, folder, tuple(checks))
+
+
+def verify_content(
+    folder: Path, manifest: Manifest, read_dimensions: DimensionReader = read_dimensions
+) -> tuple[PassedCheck, ...]:
+    """Checks tables, graphs, index, blend and calibration of a folder whose digests were checked.
+
+    Raises:
+        IncompatibleReleaseError: if one of them disagrees with the manifest's dimensions or with another one.
+    """
+    declared = manifest.dimensions
+    check_tables(folder, declared)
+    if problems := dimension_mismatches(declared, read_dimensions(folder)):
         raise IncompatibleReleaseError(
             f"release {short_id(manifest.release_id)}: {'; '.join(problems)}; build it again"
         )
-    passed("dimensions", f"embedding {manifest.dimensions.embedding}, {len(manifest.dimensions.tasks)} tasks")
     read_blend(folder)
     read_calibration(folder)
-    passed("blend and calibration", "valid")
-    return VerifiedRelease(manifest, folder, tuple(checks))
+    return (
+        PassedCheck("tables", f"{declared.videos} videos"),
+        PassedCheck("dimensions", f"embedding {declared.embedding}, {len(declared.tasks)} tasks"),
+        PassedCheck("blend and calibration", "valid"),
+    )
+
+
+def verify_manifest(
+    manifest: Manifest, *, public_keys: Sequence[Ed25519PublicKey], expected_id: str | None = None
+) -> tuple[PassedCheck, ...]:
+    """Checks what the manifest alone shows: id, signature, gates, and that this version can serve the release.
+
+    The operator calls it before a rollout starts, ``verify`` before it reads the files.
+
+    Raises:
+        DigestMismatchError: if the id is another one.
+        SignatureError: if there is no signature, or none by a trusted key.
+        GateFailedError: if a quality gate failed and is not waived.
+        IncompatibleReleaseError: if this version of Reelway assembles other inputs.
+    """
+    check_id(manifest, expected_id)
+    key = check_signature(manifest, public_keys)
+    waived = check_gates(manifest.gates, manifest.waivers)
+    check_contract(manifest.dimensions)
+    return (
+        PassedCheck("manifest", f"{manifest.name}, id {short_id(manifest.release_id)}"),
+        PassedCheck("signature", f"by key {fingerprint(key)}"),
+        PassedCheck(
+            "gates", f"{len(manifest.gates) - len(waived)} hold" + (f", {len(waived)} WAIVED" if waived else "")
+        ),
+        *(PassedCheck("WAIVED", f"gate {waiver.gate}, by {waiver.by}: {waiver.reason}") for waiver in waived),
+    )
 
 
 def read_blend(folder: Path) -> Blend:
@@ -218,5 +251,5 @@ def _read_model(path: Path, model: type[Model], parse: Callable[[str], object]) 
         return model.model_validate(parse(path.read_text()))
     except ValidationError as error:
         raise IncompatibleReleaseError(f"{path} is invalid: {first_validation_error(error)}") from error
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise IncompatibleReleaseError(f"{path} cannot be read: {error}") from error

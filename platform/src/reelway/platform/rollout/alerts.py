@@ -195,10 +195,10 @@ def replace_polled(
 
     A complete poll contains what earlier deliveries omitted, so their omissions are removed, too.
     """
-    news = {alert.key: alert for alert in polled}
+    incoming = {alert.key: alert for alert in polled}
     kept = {
         key: alert
         for key, alert in alerts_by_key.items()
-        if (keep_omissions if alert.is_omission else alert.group_key != POLLED_GROUP_KEY or key in news)
+        if (keep_omissions if alert.is_omission else alert.group_key != POLLED_GROUP_KEY or key in incoming)
     }
-    return merge_alerts(kept, news.values())
+    return merge_alerts(kept, incoming.values())

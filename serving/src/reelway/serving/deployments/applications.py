@@ -20,12 +20,15 @@ from prometheus_client import CollectorRegistry
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from reelway.platform.contracts.manifest import Manifest
+from reelway.platform.errors import IncompatibleReleaseError
 from reelway.platform.eventlog import EventLog, LogRecord
 from reelway.platform.eventlog.topics import Topic, open_topic, topic_address
-from reelway.platform.features.feast_store import open_feature_store
+from reelway.platform.features.feast_store import open_feature_store, registered_services
 from reelway.platform.features.vector_segments import open_vector_log
 from reelway.platform.features.viewer_memory import open_viewer_memory
 from reelway.platform.features.viewer_rows import ViewerRowReader
+from reelway.platform.release.verify import check_feature_services
 from reelway.platform.rollout.traffic.serving_options import OutcomesArgs, ReleaseArgs, RouterArgs
 from reelway.platform.tokens import TokenSigner
 from reelway.platform.viewer_pseudonyms import use_secret
@@ -96,7 +99,7 @@ class RouterDeployment(Router):
         log_to_replica_file()
         secrets = read_token_secrets(args.token_secrets)
         use_secret(secrets[0])
-        store = open_feature_store(args.features_dir) if args.features_dir else None
+        self._features = store = open_feature_store(args.features_dir) if args.features_dir else None
         memory = open_viewer_memory(store) if store else None
         viewers = ViewerRowReader(store, memory=memory) if store else None
         sample = None
@@ -166,11 +169,29 @@ class RouterDeployment(Router):
     async def _open(self, release: str) -> OpenRelease:
         args = self._args
         loader = await asyncio.to_thread(open_trusted, args.release_args(release), self._takedowns)
+        await asyncio.to_thread(self._check_features, loader.manifest())
         if args.composition == "fused":
             return await asyncio.to_thread(open_fused, loader, args.budgets.path)
         router_release = await asyncio.to_thread(loader.router_release)
         stages = StageHandles(release, args.budgets)
         return OpenRelease(router_release, stages, stages.close)
+
+    def _check_features(self, manifest: Manifest) -> None:
+        """Rejects a release without traffic whose feature services differ from the store's; see decision 0028.
+
+        Raises:
+            IncompatibleReleaseError: if they differ and the release has no traffic.
+        """
+        if self._features is None:
+            return
+        required = manifest.feature_services
+        try:
+            check_feature_services(required, registered_services(self._features, [one.name for one in required]))
+        except IncompatibleReleaseError as error:
+            if not self.has_traffic(manifest.release_id):
+                raise
+            self.count_foreign_features(manifest.release_id)
+            log.error("release %s is served with features that it was not trained on: %s", manifest.name, error)
 
 
 class OutcomesDeployment:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from reelway.platform.errors import ServingError
+from reelway.platform.supervised_thread import SupervisedThread
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class BatchWorker(Generic[_Item, _Result]):
         self._lock = threading.Lock()  # guards the two below
         self._queued_rows = 0
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread = SupervisedThread(self._run, name=name, daemon=True)
         self._thread.start()
 
     def submit(self, item: _Item, rows: int) -> Future[_Result]:
@@ -98,14 +99,12 @@ class BatchWorker(Generic[_Item, _Result]):
 
     def _run(self) -> None:
         next_batch_at, running = 0.0, True
-        try:
-            while running:
-                batch, running = self._gather(next_batch_at)
-                if batch:
-                    self._handle_batch(batch)
-                    next_batch_at = time.monotonic() + self._interval_s
-        finally:
-            self._on_close()
+        while running:
+            batch, running = self._gather(next_batch_at)
+            if batch:
+                self._handle_batch(batch)
+                next_batch_at = time.monotonic() + self._interval_s
+        self._on_close()
 
     def _gather(self, next_batch_at: float) -> tuple[list[_Request[_Item, _Result]], bool]:
         """Waits for the next batch. Returns it, empty at the end, and whether the worker continues."""

@@ -23,6 +23,7 @@ from reelway.platform.eventlog.erasures import NO_VIEWERS, erased_viewers
 from reelway.platform.eventlog.topics import Topic
 from reelway.platform.rollout.evidence import ArmStatistics
 from reelway.platform.rollout.policy import Slice
+from reelway.platform.supervised_thread import SupervisedThread
 from reelway.serving.outcomes.exposition import LogReading, prometheus_text
 from reelway.serving.outcomes.ledger import Ledger
 from reelway.serving.outcomes.log_rows import ExposureRows, OutcomeRows, read_exposure_rows, read_outcome_rows
@@ -90,11 +91,11 @@ class OutcomeCollector:
         self._faults = 0  # failed calls of ``advance``
         self._clean_at = 0.0
         self._ending = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread: SupervisedThread | None = None
 
     def start(self) -> None:
         """Follows the log on a thread until ``close`` is called."""
-        self._thread = threading.Thread(target=self._follow, name="outcome collector", daemon=True)
+        self._thread = SupervisedThread(self._follow, name="outcome collector", daemon=True, stop=self._ending)
         self._thread.start()
 
     def advance(self) -> int:

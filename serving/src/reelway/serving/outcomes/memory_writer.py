@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from reelway.platform.contracts.events import OutcomeType
 from reelway.platform.errors import StorageError
 from reelway.platform.features.viewer_memory import ViewerMemory
+from reelway.platform.supervised_thread import SupervisedThread
 from reelway.serving.metrics import IntakeMetrics
 from reelway.serving.outcomes.reported import OutcomeColumns
 
@@ -112,7 +113,7 @@ class OutcomeMemoryWriter:
         self._entries = 0
         self._changed = threading.Condition()  # guards the queue, entries and is_closed
         self._is_closed = False
-        self._thread = threading.Thread(target=self._run, name="outcome-memory", daemon=True)
+        self._thread = SupervisedThread(self._run, name="outcome-memory", daemon=True)
         self._thread.start()
 
     def write(self, update: MemoryUpdate) -> Future[bool]:

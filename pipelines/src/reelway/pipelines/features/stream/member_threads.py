@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from reelway.pipelines.features.stream.metrics import StreamMetrics
-
-log = logging.getLogger(__name__)
+from reelway.platform.supervised_thread import SupervisedThread
 
 
 @contextmanager
@@ -28,16 +26,20 @@ def running_threads(
     """
     failures: list[Exception] = []
 
-    def run(name: str, target: Callable[[], None]) -> None:
+    def run(target: Callable[[], None]) -> None:
         try:
             target()
         except Exception as error:
-            log.exception("thread %s failed; this member ends", name)
-            metrics.count_fault()
             failures.append(error)
-            stop.set()
+            raise
 
-    threads = [threading.Thread(target=run, args=one, name=one[0]) for one in targets.items()]
+    def end_member() -> None:
+        metrics.count_fault()
+        stop.set()
+
+    threads = [
+        SupervisedThread(run, args=(target,), name=name, on_failure=end_member) for name, target in targets.items()
+    ]
     for thread in threads:
         thread.start()
     try:

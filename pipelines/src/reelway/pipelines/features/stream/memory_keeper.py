@@ -17,6 +17,7 @@ from reelway.pipelines.features.stream.metrics import StreamMetrics
 from reelway.platform.errors import ReelwayError
 from reelway.platform.eventlog.topics import Topic, open_topic
 from reelway.platform.features.viewer_memory import ViewerMemory, open_viewer_memory
+from reelway.platform.supervised_thread import SupervisedThread
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ def viewer_memory_kept_complete(store: FeatureStore, events: str | Path, metrics
         events: address of the event log.
     """
     memory, stop = open_viewer_memory(store), threading.Event()
-    thread = threading.Thread(target=check_until, args=(memory, events, metrics, stop), name="viewer memory")
+    thread = SupervisedThread(check_until, args=(memory, events, metrics, stop), name="viewer memory", stop=stop)
     thread.start()
     try:
         yield

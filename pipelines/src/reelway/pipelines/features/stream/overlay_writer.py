@@ -36,9 +36,9 @@ from reelway.platform.eventlog.topics import Topic, open_topic
 from reelway.platform.eventlog.upload_overlay import OverlayRequests
 from reelway.platform.listen_address import all_interfaces
 from reelway.platform.release.cache import ReleaseCache
-from reelway.platform.release.folder import read_manifest
-from reelway.platform.release.signing import check_signature, load_public_keys
+from reelway.platform.release.signing import load_public_keys
 from reelway.platform.release.store import ReleaseStore
+from reelway.platform.supervised_thread import export_failures
 from reelway.platform.telemetry import counter, gauge
 
 log = logging.getLogger(__name__)
@@ -195,8 +195,8 @@ class OverlayWriter:
         try:
             cache.prune()
             use = cache.hold(ReleaseId(release))
-            folder = self._store.fetch(ReleaseId(release), options.release_cache)
-            check_signature(read_manifest(folder), load_public_keys(options.public_keys))
+            keys = load_public_keys(options.public_keys)
+            folder = self._store.fetch(ReleaseId(release), options.release_cache, public_keys=keys)
             catalogue = open_topic(options.events, Topic.CATALOGUE)
             self._overlays[release] = ReleaseOverlay(
                 VideoRows(folder), catalogue, options.overlay, self._uploads.is_newest, self._decode
@@ -222,6 +222,7 @@ def run_overlay_writer(options: OverlayOptions, stop: threading.Event) -> None:
         StorageError: if the event log cannot be opened.
     """
     registry = CollectorRegistry()
+    export_failures(registry)
     metrics = OverlayWriterMetrics(registry)
     with (
         only_writer(options.overlay),

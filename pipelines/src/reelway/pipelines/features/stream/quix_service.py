@@ -41,6 +41,7 @@ from reelway.platform.eventlog.parked_records import ParkedRecords
 from reelway.platform.eventlog.topics import Topic, open_topic
 from reelway.platform.features.feast_store import open_feature_store
 from reelway.platform.run_directory import RunDirectory
+from reelway.platform.supervised_thread import export_failures
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ def run_member(run: RunDirectory, options: StreamOptions, stop: threading.Event)
         Exception: whatever a thread of the member raised.
     """
     registry = CollectorRegistry()
+    export_failures(registry)
     metrics, ended = StreamMetrics(registry), threading.Event()
     views = view_settings(run)
     with ExitStack() as stack:

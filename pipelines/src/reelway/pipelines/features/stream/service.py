@@ -31,6 +31,7 @@ from reelway.platform.eventlog.parked_records import ParkedRecords
 from reelway.platform.eventlog.topics import Topic, open_topic
 from reelway.platform.features.feast_store import open_feature_store
 from reelway.platform.run_directory import RunDirectory
+from reelway.platform.supervised_thread import export_failures
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ def run_stream(
         StorageError: if the log or the state cannot be opened.
     """
     registry = CollectorRegistry()
+    export_failures(registry)
     metrics = StreamMetrics(registry)
     grids_us = {view: schedule.grid_us for view, schedule in emission_schedules(view_settings(run)).items()}
     with metrics_server(options.metrics_port, registry), open_stream(run, options, metrics) as stream:

@@ -9,11 +9,14 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Final
 
+from pydantic import ValidationError
+
 from reelway.platform.cli.rollout.location import CONTROLLER_TIMEOUT_S, ClusterNamespace, ControllerStatus, current_user
 from reelway.platform.cli.rollout.wait import wait_until
 from reelway.platform.errors import ConfigError, RolloutError
 from reelway.platform.rollout.policy import RolloutPolicy
 from reelway.platform.rollout.state import RolloutState
+from reelway.platform.validation_errors import explain_problem
 
 if TYPE_CHECKING:
     from reelway.platform.cluster.kube_api import KubeApi
@@ -117,10 +120,13 @@ def _backend(api: KubeApi, ray_service: str | None, serve: tuple[str, str] | Non
     from reelway.platform.cluster.resources import Backend
     from reelway.platform.cluster.rollout_cache import PATH, parse_rollout
 
-    if ray_service:
-        return Backend.model_validate({"rayService": {"name": ray_service}})
-    if serve:
-        return Backend.model_validate({"serve": {"api": serve[0], "url": serve[1]}})
+    if ray_service or serve:
+        api_url, url = serve or ("", "")
+        named = {"rayService": {"name": ray_service}} if ray_service else {"serve": {"api": api_url, "url": url}}
+        try:
+            return Backend.model_validate(named)
+        except ValidationError as error:
+            raise ConfigError(explain_problem(Backend, error.errors()[0], "backend")) from error
     known = [parse_rollout(document) for document in api.list(PATH)]
     if known:
         return max(known, key=lambda one: one.created_at).spec.backend

@@ -103,7 +103,8 @@ def start(
 ) -> None:
     """Roll out a release: verify it and store the rollout; the controller then shifts the traffic.
 
-    With --namespace the command creates a ReleaseRollout, and the serving pods verify the release before opening it.
+    With --namespace the command creates a ReleaseRollout. The operator verifies the release's manifest before the
+    rollout starts, and the serving pods verify the release before opening it.
 
     Examples:
 

@@ -31,6 +31,7 @@ from reelway.platform.rollout.records import HistoryEntry, LastReconcile, Rollou
 from reelway.platform.rollout.state import Phase, RolloutState
 from reelway.platform.rollout.summary import summarise_evidence
 from reelway.platform.rollout.traffic.target import TrafficBackend, TrafficObservation, TrafficTarget, traffic_target
+from reelway.platform.supervised_thread import SupervisedThread
 
 log = logging.getLogger(__name__)
 
@@ -106,11 +107,13 @@ class Controller:
         """
         reconcile_now = threading.Event()
         threads = [
-            threading.Thread(target=self._react_when_woken, args=(stop, alert_arrived, reconcile_now), name="reactions")
+            SupervisedThread(
+                self._react_when_woken, args=(stop, alert_arrived, reconcile_now), name="reactions", stop=stop
+            )
         ]
         if self._polls.enabled:
             threads.append(
-                threading.Thread(target=self._poll_alerts_until, args=(stop, alert_arrived), name="alert-polls")
+                SupervisedThread(self._poll_alerts_until, args=(stop, alert_arrived), name="alert-polls", stop=stop)
             )
         for thread in threads:
             thread.start()
@@ -187,10 +190,12 @@ class Controller:
         observation = self._observe()
         evidence = no_evidence(state.canary_release, now) if _is_final(state) else self._fetch(policy, state, now)
         failed = observation.failed.get(state.canary_release, "")
+        alerts_problem = self._polls.problem(policy.evidence_max_age_s)
+        self._report_failure("alerts", alerts_problem)
         evidence = replace(
             evidence,
             alerts=self._firing(state),
-            alerts_problem=self._polls.problem(policy.evidence_max_age_s),
+            alerts_problem=alerts_problem,
             weights=observation.weights(state),
             canary_ready=_ready(observation, state.canary_release),
             canary_failure=failed if state.canary_release in observation.failed_permanently else "",

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from reelway.platform.contracts.events import Arm
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.rollout.state import Phase, RolloutState
+from reelway.platform.supervised_thread import export_failures
 from reelway.platform.telemetry import counter, gauge, histogram
 
 _TICK_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -19,6 +20,7 @@ class ControllerMetrics:
 
     def __init__(self) -> None:
         registry = self._registry = CollectorRegistry()
+        export_failures(registry)
         self.phase = gauge("reelway_rollout_phase", "1 for the newest rollout's phase.", ["kind"], registry)
         self.weight = gauge(
             "reelway_rollout_weight_basis_points",
@@ -38,8 +40,8 @@ class ControllerMetrics:
         )
         self.failures = counter(
             "reelway_rollout_failures_total",
-            "Failures by kind: observe, evidence, apply, poll, react, tick; of the operator also serve config, "
-            "admission, finalizers, rankers.",
+            "Failures by kind: observe, evidence, apply, poll, alerts (they may be missing), react, tick; of the "
+            "operator also serve config, admission, finalizers, rankers.",
             ["kind"], registry,
         )  # fmt: skip
         self.unrecorded_rollbacks = counter(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hmac
 import logging
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Final, Protocol
@@ -29,6 +28,7 @@ from reelway.platform.request_body import BodyLimit, RequestBodyError, stream_bo
 from reelway.platform.rollout.alert_stream import WebhookStream
 from reelway.platform.rollout.alerts import KnownAlert, Relevance
 from reelway.platform.rollout.control.controller_metrics import ControllerMetrics
+from reelway.platform.supervised_thread import SupervisedThread
 from reelway.platform.tls import ServerCertificate
 
 log = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ def serve_in_thread(
         config.load()
         config.ssl = tls
         server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="webhook", daemon=True)
+        thread = SupervisedThread(server.run, kwargs={"sockets": [listening]}, name="webhook", daemon=True)
         thread.start()
         try:
             scheme = "https" if tls else "http"

@@ -20,6 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 from reelway.platform.atomic_files import write_json
 from reelway.platform.errors import ConfigError, StorageError
 from reelway.platform.rollout.sources.parity_findings import ParityFindings, parse_parity
+from reelway.platform.supervised_thread import SupervisedThread
 
 REFRESH_INTERVAL_S: Final = 15.0
 """Seconds between two reads."""
@@ -67,7 +68,7 @@ class ParityFindingsReader:
         self._stop, self._first = threading.Event(), threading.Event()
         self._findings = ParityFindings(problem=f"{url} has not been read yet")
         self._read_at = time.monotonic()
-        self._thread = threading.Thread(target=self._read_until, name="parity", daemon=True)
+        self._thread = SupervisedThread(self._read_until, name="parity", daemon=True, stop=self._stop)
 
     def findings(self) -> ParityFindings:
         """Returns the findings read last, or why there are none. Only the first call waits. Raises nothing."""
