@@ -451,6 +451,7 @@ def test_header_of_the_gateway_is_accepted(gateway: Gateway, age_s: int) -> None
         (f"12.-5.{'0' * 64}", "malformed"),
         ("", "malformed"),
     ],
+    ids=range(10),
 )
 def test_header_that_the_gateway_did_not_sign_is_refused(gateway: Gateway, value: str, expected: str) -> None:
     assert gateway.reason(value.encode()) == expected
