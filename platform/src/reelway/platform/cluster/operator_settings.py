@@ -65,7 +65,7 @@ class RaySettings(SettingsGroup):
         default="", description="RayService whose Serve config is composed from the chart's options; empty for none"
     )
     dashboard_url: UrlTemplate = "http://{name}-head-svc.{namespace}.svc:8265"
-    internal_url: UrlTemplate = "http://{name}-head-svc.{namespace}.svc:9101"
+    internal_url: UrlTemplate = "http://{name}-head-svc.{namespace}.svc:8001"
     trusted_hosts: tuple[str, ...] = Field(
         default=(), description="hosts to which Ray's token may be sent although they are no Services of the namespace"
     )
