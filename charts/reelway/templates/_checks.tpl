@@ -233,12 +233,13 @@
 {{/* Folders that serving pods write must leave the release store read-only. */}}
 {{- define "reelway.checkServingFolders" -}}
 {{- $v := .Values -}}
+{{- $log := $v.serving.parity.log | default "" -}}
 {{- $store := trimSuffix "/" $v.releases.store.path -}}
 {{- if eq (include "reelway.storeOnVolume" .) "true" }}
-{{- if and (hasPrefix "/" $v.serving.parity.log) (not (hasPrefix "/var/lib/reelway/volume/" $v.serving.parity.log)) }}
+{{- if and (hasPrefix "/" $log) (not (hasPrefix "/var/lib/reelway/volume/" $log)) }}
 {{- include "reelway.fail" (dict "path" "serving.parity.log" "saw" $v.serving.parity.log "expected" "a URL, or a folder below /var/lib/reelway/volume, where the release store's volume is mounted") }}
 {{- end }}
-{{- range $path, $folder := dict "features.directory" (ternary (printf "/var/lib/reelway/volume/%s" $v.features.directory) "" (eq $v.features.type "directory")) "serving.parity.log" $v.serving.parity.log "overlay.url" $v.overlay.url }}
+{{- range $path, $folder := dict "features.directory" (ternary (printf "/var/lib/reelway/volume/%s" $v.features.directory) "" (eq $v.features.type "directory")) "serving.parity.log" $log "overlay.url" ($v.overlay.url | default "") }}
 {{- if hasPrefix "/var/lib/reelway/volume/" $folder }}
 {{- $below := trimPrefix "/var/lib/reelway/volume/" $folder | trimSuffix "/" }}
 {{- if or (not $below) (has "." (splitList "/" $below)) (has ".." (splitList "/" $below)) (has "" (splitList "/" $below)) }}

@@ -40,7 +40,7 @@ alertmanager:
 {{/* How Prometheus and Alertmanager verify the operator's certificate; empty without one. */}}
 {{- define "reelway.webhookTlsConfig" -}}
 {{- with .Values.operator.webhookTls.secret -}}
-ca: {secret: {name: {{ . }}, key: ca.crt}}
+ca: {secret: {name: {{ . | toJson }}, key: ca.crt}}
 serverName: {{ include "reelway.fullname" $ }}-operator.{{ $.Release.Namespace }}.svc
 {{- end -}}
 {{- end -}}
@@ -52,7 +52,7 @@ token_file: {{ ternary (printf "/etc/reelway/monitoring/%s.token" .name) nil (no
 ca_file: {{ ternary (printf "/etc/reelway/monitoring/%s.ca.crt" .name) nil (not (empty .access.caConfigMap)) | toJson }}
 cert_file: {{ ternary (printf "/etc/reelway/monitoring/%s.tls.crt" .name) nil (not (empty .access.clientSecret)) | toJson }}
 key_file: {{ ternary (printf "/etc/reelway/monitoring/%s.tls.key" .name) nil (not (empty .access.clientSecret)) | toJson }}
-server_name: {{ .access.serverName | quote }}
+server_name: {{ .access.serverName | default "" | quote }}
 {{- end -}}
 
 {{/* Volume sources of the credentials for Prometheus and Alertmanager; empty if both need none. */}}

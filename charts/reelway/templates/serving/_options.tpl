@@ -74,12 +74,12 @@ jwt:
 {{- if eq (include "reelway.authMode" .) "gateway" }}
 gateway:
   keys_file: /etc/reelway/access/keys
-  max_age_s: {{ $a.gateway.maxAgeSeconds }}
+  max_age_s: {{ $a.gateway.maxAgeSeconds | toJson }}
 {{- end }}
-per_viewer: {per_second: {{ $a.perViewer.requestsPerSecond }}, burst: {{ int64 $a.perViewer.burst }}}
-per_address: {per_second: {{ $a.perAddress.requestsPerSecond }}, burst: {{ int64 $a.perAddress.burst }}}
-trusted_proxies: {{ $a.trustedProxies }}
-unlimited_networks: {{ concat (list "127.0.0.0/8" "::1/128") $a.unlimitedCidrs | toJson }}
+per_viewer: {per_second: {{ $a.perViewer.requestsPerSecond | toJson }}, burst: {{ int64 $a.perViewer.burst }}}
+per_address: {per_second: {{ $a.perAddress.requestsPerSecond | toJson }}, burst: {{ int64 $a.perAddress.burst }}}
+trusted_proxies: {{ $a.trustedProxies | toJson }}
+unlimited_networks: {{ concat (list "127.0.0.0/8" "::1/128") ($a.unlimitedCidrs | default list) | toJson }}
 {{- end -}}
 
 {{/* Volume sources of the keys that proofs are verified with; empty if there is none. */}}
@@ -87,13 +87,13 @@ unlimited_networks: {{ concat (list "127.0.0.0/8" "::1/128") $a.unlimitedCidrs |
 {{- $a := .Values.auth -}}
 {{- if eq (include "reelway.authMode" .) "jwt" }}
 {{- with $a.jwt.keysConfigMap }}
-- configMap: {name: {{ . }}, items: [{key: keys, path: keys}]}
+- configMap: {name: {{ . | toJson }}, items: [{key: keys, path: keys}]}
 {{- end }}
 {{- with $a.jwt.caConfigMap }}
-- configMap: {name: {{ . }}, items: [{key: ca.crt, path: ca.crt}]}
+- configMap: {name: {{ . | toJson }}, items: [{key: ca.crt, path: ca.crt}]}
 {{- end }}
 {{- else if eq (include "reelway.authMode" .) "gateway" }}
-- secret: {name: {{ $a.gateway.keysSecret }}, items: [{key: keys, path: keys}]}
+- secret: {name: {{ $a.gateway.keysSecret | toJson }}, items: [{key: keys, path: keys}]}
 {{- end }}
 {{- end -}}
 
