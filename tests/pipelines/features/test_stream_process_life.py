@@ -73,7 +73,7 @@ def test_traffic_on_a_hanging_service_ends_in_time(tmp_path: Path, number: signa
     log, run, report = simulate(CONFIG, 3), tmp_path / "run", tmp_path / "report.json"
     write_dataset(run / "dataset", log.tables, log.info, log.dimensions)
     with running(FakeService(Routing.single_release("a" * 64), CONFIG.videos, delay_s=40.0)) as service:
-        (run / "serving.json").write_text(json.dumps({"url": service.url}))
+        (run / "serving.json").write_text(json.dumps({"url": service.url, "internal_url": service.url}))
         command = ("traffic", "--run", str(run), "--report", str(report), "--timeout", "60")
         assert ended(command, tmp_path / "log", lambda _: report.exists(), number, group=group) == 0
     assert json.loads(report.read_text())["running"] is False
