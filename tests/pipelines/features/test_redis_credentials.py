@@ -117,7 +117,7 @@ def test_wrong_password_is_not_shown(run: RunDirectory, tmp_path: Path) -> None:
     (tmp_path / "redis").mkdir()
     with running_redis(tmp_path / "redis", password="right") as server:
         store = register_features(run.features, DIMENSIONS, f"redis://:hunter2@{server}/3")
-        with pytest.raises(FeatureError, match="cannot read viewer-[0-9a-f]{12}") as caught:
+        with pytest.raises(FeatureError, match=r"cannot read viewer-[0-9a-f]{12}") as caught:
             ViewerRowReader(store).read(500)
     assert "hunter2" not in "".join(traceback.format_exception(caught.value))
 
