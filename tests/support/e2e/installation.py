@@ -62,7 +62,7 @@ class Installation:
     @property
     def internal_url(self) -> str:
         """Base URL of the internal API for pods of the namespace."""
-        return f"http://{NAME}-head-svc:9101"
+        return f"http://{NAME}-head-svc:8001"
 
     @property
     def webhook(self) -> str:
@@ -168,7 +168,7 @@ class Installation:
     def routing(self) -> dict[str, Any]:
         """The routing that the router uses."""
         program = "import urllib.request as r,sys; print(r.urlopen(sys.argv[1], timeout=20).read().decode())"
-        url = "http://127.0.0.1:9101/v1/releases/current"
+        url = "http://127.0.0.1:8001/v1/releases/current"
         answer = self.kubectl.run("exec", self.head(), "-c", "ray", "--", "python", "-c", program, url)
         routing: dict[str, Any] = json.loads(answer)["routing"]
         return routing
