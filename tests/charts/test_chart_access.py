@@ -90,14 +90,14 @@ def test_route_publishes_two_exact_paths(component: str, kind: str) -> None:
     assert sorted(line.split()[-1] for line in text.splitlines() if " /" in line) == ["/v1/outcomes", "/v1/recommend"]
     assert text.count("Exact") == 2
     assert "internal" not in text
-    assert "9101" not in text
+    assert "8001" not in text
 
 
 def test_internal_api_listens_in_the_head_only() -> None:
     objects = rendered("production-cpu", "monitoring")
     ray, metrics = head_of(objects)["containers"]
-    assert {"name": "internal", "containerPort": 9101} in ray["ports"]  # KubeRay adds it to the head's Service
-    assert metrics["args"] == ["--internal-port", "9101", "--service-url", "http://localhost:8000"]
+    assert {"name": "internal", "containerPort": 8001} in ray["ports"]  # KubeRay adds it to the head's Service
+    assert metrics["args"] == ["--internal-port", "8001", "--service-url", "http://localhost:8000"]
     assert "REELWAY_TOKEN_SECRET" in {one["name"] for one in metrics["env"]}
     (group,) = named(objects, "RayService")["spec"]["rayClusterConfig"]["workerGroupSpecs"]
     worker = group["template"]["spec"]["containers"][1]
@@ -108,7 +108,7 @@ def test_internal_api_listens_in_the_head_only() -> None:
 def test_only_operator_and_monitoring_reach_the_internal_api() -> None:
     objects = rendered("production-cpu", "monitoring")
     rules = named(objects, "NetworkPolicy", "-serving")["spec"]["ingress"]
-    reaching = [rule for rule in rules if {"protocol": "TCP", "port": 9101} in rule.get("ports", ())]
+    reaching = [rule for rule in rules if {"protocol": "TCP", "port": 8001} in rule.get("ports", ())]
     peers = [peer for rule in reaching for peer in rule["from"]]
     assert [peer["podSelector"]["matchLabels"]["reelway.dev/component"] for peer in peers if "podSelector" in peer] == [
         "operator"
@@ -119,4 +119,4 @@ def test_only_operator_and_monitoring_reach_the_internal_api() -> None:
     (endpoint,) = named(objects, "PodMonitor", "-outcomes")["spec"]["podMetricsEndpoints"]
     assert (endpoint["port"], endpoint["path"]) == ("internal", "/v1/outcomes/metrics")
     settings = named(objects, "ConfigMap", "-operator")["data"]
-    assert "internal_url: http://{name}-head-svc.{namespace}.svc:9101" in yaml.safe_dump(settings, width=200)
+    assert "internal_url: http://{name}-head-svc.{namespace}.svc:8001" in yaml.safe_dump(settings, width=200)
