@@ -44,12 +44,12 @@ WAIVER = {"gate": "recall_at_50", "reason": "a new catalogue", "by": "ada"}
 class Releases:
     """A store, its trusted key, and the running checks."""
 
-    def __init__(self, folder: Path, url: str) -> None:
+    def __init__(self, folder: Path, url: str, *, wait_s: float = 30.0) -> None:
         self.keys: KeyPair = create_keys(folder / "keys")
         self.key = load_private_key(self.keys.private)
         self._folder = folder
         self.store = ReleaseStore(url)
-        self.checks = ReleaseChecks(url, folder / "keys", wait_s=0.5)
+        self.checks = ReleaseChecks(url, folder / "keys", wait_s=wait_s)
 
     def add(self, name: str, key: Ed25519PrivateKey | None = None, **fields: Any) -> str:
         manifest = sign_manifest(make_release_folder(self._folder / name, videos=64, **fields), key or self.key)
@@ -144,7 +144,7 @@ class _HangingFiles(MemoryFileSystem):  # type: ignore[misc]
 def test_store_that_hangs_delays_the_operator_briefly(tmp_path: Path) -> None:
     fsspec.register_implementation("hanging", _HangingFiles, clobber=True)
     _HangingFiles.answering.set()
-    made = Releases(tmp_path, "hanging://releases")
+    made = Releases(tmp_path, "hanging://releases", wait_s=0.5)
     release = made.add("sound")
     _HangingFiles.answering.clear()
     with running(made):
