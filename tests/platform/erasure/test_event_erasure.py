@@ -132,8 +132,7 @@ def test_erasures_are_in_the_partitions_of_their_viewers() -> None:
 @pytest.mark.kafka
 def test_kafka_rows_are_hidden_until_retention(broker: Broker, tmp_path: Path) -> None:
     prefix, partitions = f"e{uuid4().hex[:8]}-", 3
-    for future in broker.admin.create_topics([NewTopic(prefix + one, partitions, 1) for one in VIEWER_TOPICS]).values():
-        future.result(30)
+    broker.create_topics([NewTopic(prefix + one, partitions, 1) for one in VIEWER_TOPICS])
     events, run = f"kafka://{broker.servers}/{prefix}", RunDirectory(tmp_path)
     partition = int(viewer_partitions(np.array([ERASED]), partitions)[0])
     with closing(open_topic(events, Topic.EXPOSURES)) as log:

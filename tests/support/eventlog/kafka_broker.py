@@ -10,7 +10,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,13 +58,18 @@ class Broker:
     def topic(self, partitions: int, config: Mapping[str, str] | None = None) -> str:
         """Creates a topic and returns its name."""
         name = f"reelway-test-{uuid4().hex[:12]}"
-        for future in self.admin.create_topics([NewTopic(name, partitions, 1, config=dict(config or {}))]).values():
+        self.create_topics([NewTopic(name, partitions, 1, config=dict(config or {}))])
+        return name
+
+    def create_topics(self, topics: Sequence[NewTopic]) -> None:
+        """Creates topics and returns once they are in the broker's metadata."""
+        for future in self.admin.create_topics(list(topics)).values():
             future.result(30)
         deadline = time.monotonic() + 30
-        while self.admin.list_topics(name, timeout=10).topics[name].error is not None:  # not yet in the metadata
-            assert time.monotonic() < deadline, f"topic {name} is not in the broker's metadata"
-            time.sleep(0.05)
-        return name
+        for topic in topics:
+            while self.admin.list_topics(topic.topic, timeout=10).topics[topic.topic].error is not None:
+                assert time.monotonic() < deadline, f"topic {topic.topic} is not in the broker's metadata"
+                time.sleep(0.05)
 
     def delete_records(self, topic: str, partition: int, before: int) -> None:
         """Deletes a partition's records below an offset, as retention does."""

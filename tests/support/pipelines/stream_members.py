@@ -57,8 +57,7 @@ def write_stream_inputs(run: RunDirectory, views: ViewSettings) -> int:
 def create_log(broker: Broker, partitions: int) -> str:
     """Creates the topics of exposures and outcomes and returns the address of the event log."""
     prefix = f"t{uuid4().hex[:8]}-"
-    for future in broker.admin.create_topics([NewTopic(prefix + topic, partitions, 1) for topic in TOPICS]).values():
-        future.result(30)
+    broker.create_topics([NewTopic(prefix + topic, partitions, 1) for topic in TOPICS])
     return f"kafka://{broker.servers}/{prefix}"
 
 
