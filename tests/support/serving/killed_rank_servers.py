@@ -105,7 +105,7 @@ def serving_scenario(run: Path, stable: str, canary: str, addresses: dict[str, s
         deploy(service, document)
         address = ServeAddress(service.internal_url, service.serve_api, service.token)
         backend = stack.enter_context(closing(ServeRestBackend(address)))
-        client = stack.enter_context(httpx.Client(base_url=service.url, timeout=30))
+        client = stack.enter_context(httpx.Client(base_url=service.internal_url, timeout=30))
         stack.enter_context(constant_load(service.url, run / "record", rate=RATE, viewers=VIEWERS))
         yield ServingScenario(stable, canary, backend, client, run / "record")
 
