@@ -29,7 +29,7 @@ BUSY_TIMEOUT_S: Final = 10.0
 _FORMAT: Final = SqliteFormat(
     description="a rollout store",
     application_id=0x7265656C,
-    version=1,
+    version=2,
     schema=(
         """CREATE TABLE rollouts (
                number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, version INTEGER NOT NULL,
