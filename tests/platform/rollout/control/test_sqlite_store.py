@@ -240,7 +240,7 @@ def test_database_of_another_application_is_left_unchanged(tmp_path: Path) -> No
 
 def test_another_schema_version_is_rejected(store: SqliteRolloutStore) -> None:
     store._file.connection.execute("PRAGMA user_version = 9")
-    with pytest.raises(StorageError, match=r"state\.db: .* schema version 9, expected 1"):
+    with pytest.raises(StorageError, match=r"state\.db: .* schema version 9, expected 2"):
         SqliteRolloutStore(store.path)
 
 
