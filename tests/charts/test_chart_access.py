@@ -71,10 +71,11 @@ def test_route_without_authentication_must_be_allowed() -> None:
     """With the quotes that YAML needs, and without them."""
     route = {"serving": {"httpRoute": {"enabled": True, "parentRefs": [{"name": "g"}]}}, "secrets": {"name": "s"}}
     keys = {"releases": {**NEEDED["releases"], "publicKeys": {"configMap": "k"}}}
+    allowed_mode = {"allowUnauthenticated": True, "trustedProxies": 1}
     for mode in ("off", False):
         auth = {"auth": {"mode": mode}}
         assert "auth.mode: saw" in helm_template(merged(merged(route, keys), auth)).stderr
-        allowed = helm_template(merged(merged(route, keys), {"auth": {"mode": mode, "allowUnauthenticated": True}}))
+        allowed = helm_template(merged(merged(route, keys), {"auth": {**allowed_mode, "mode": mode}}))
         assert allowed.returncode == 0, allowed.stderr
         assert access_of(documents(allowed.stdout)).mode == "off"
 

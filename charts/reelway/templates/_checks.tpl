@@ -150,6 +150,9 @@
 {{- include "reelway.fail" (dict "path" "auth.mode" "saw" "off" "expected" (printf "jwt or gateway, because serving.%s.enabled is true and anyone could ask for any viewer; or auth.allowUnauthenticated: true" $route)) }}
 {{- end }}
 {{- end }}
+{{- if and (or $.Values.serving.ingress.enabled $.Values.serving.httpRoute.enabled) (gt (float64 $a.perAddress.requestsPerSecond) 0.0) (eq (int $a.trustedProxies) 0) }}
+{{- include "reelway.fail" (dict "path" "auth.trustedProxies" "saw" 0 "expected" "at least 1, because an Ingress or HTTPRoute is enabled: all clients would have the address of its proxy and share one limit; or auth.perAddress.requestsPerSecond: 0") }}
+{{- end }}
 {{- if eq $mode "jwt" }}
 {{- if not $a.jwt.audience }}
 {{- include "reelway.fail" (dict "path" "auth.jwt.audience" "saw" "" "expected" "the audience of the viewers' tokens, because auth.mode is jwt") }}

@@ -89,9 +89,9 @@ COMPONENTS: Final[dict[str, Document]] = {
     "monitoring": {"monitoring": {**_RULES, "alertmanagerConfig": {"enabled": True}, "dashboards": {"enabled": True}}},
     "ingress": {
         "serving": {"ingress": {"enabled": True, "host": "a.test", "tlsSecret": "tls", "className": "nginx"}},
-        "auth": _JWT,
+        "auth": {**_JWT, "trustedProxies": 1},
     },
-    "http-route": {"serving": {"httpRoute": _ROUTE}, "auth": _GATEWAY},
+    "http-route": {"serving": {"httpRoute": _ROUTE}, "auth": {**_GATEWAY, "trustedProxies": 1}},
     "jwt-keys": {
         "auth": {
             "mode": "jwt",

@@ -80,7 +80,10 @@ def erase(
 
 def _confirm(names: str, run: str) -> None:
     if not sys.stdin.isatty():
-        raise ConfigError("erase: nobody can answer its question here; give --yes to erase, or --dry-run to look only")
+        raise ConfigError(
+            "erase: standard input is not a terminal, so the confirmation cannot be asked; pass --yes to erase, or "
+            "--dry-run to report only"
+        )
     typer.confirm(f"Remove {names} from all stores of {run} for good?", abort=True)
 
 

@@ -8,7 +8,7 @@ before another replica can take over, and traffic is written only while that dea
 one of the two writes is rejected.
 
 A holder that is cut off remains the last known holder. It may still roll back (``require_last_holder``), keeps trying
-to renew, and continues as before if nobody has taken the Lease meanwhile. Otherwise the Lease is lost.
+to renew, and continues as before if no other process has taken the Lease meanwhile. Otherwise the Lease is lost.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class LeaderElector:
         while not stop.wait(self._pause_s()):
             try:
                 if not self.try_acquire_or_renew():
-                    log.error("lease %s: lost to %s", self._name, self.holder or "nobody, another process released it")
+                    log.error("lease %s: lost to %s", self._name, self.holder or "no holder, it was released")
                     on_lost()
                     return
                 if cut_off:

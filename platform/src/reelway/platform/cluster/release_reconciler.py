@@ -79,7 +79,7 @@ class ReleaseReconciler:
                 self._write(document, self._store.manifest(release_id))
             except ReelwayError as error:
                 damaged = error
-            except Exception as error:  # a manifest that nobody thought of must not hide the other releases
+            except Exception as error:  # one unexpected manifest must not hide the other releases
                 log.exception("release %s: not recorded", short_id(release_id))
                 damaged = ReleaseError(f"release {short_id(release_id)}: {type(error).__name__}: {error}")
         for release_id in recorded.keys() - present:

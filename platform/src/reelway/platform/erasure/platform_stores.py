@@ -44,7 +44,7 @@ def _erase_parked(request: ErasureRequest) -> Iterator[ErasedStore]:
         try:
             return bool(viewer_rows(record.payload, ids)) if record.payload else False
         except DataError:
-            return True  # a record that nobody can read may be about anybody
+            return True  # an unreadable record may contain the viewer
 
     with closing(ParkedRecords(path)) as parked:
         found = parked.count(concerns) if request.dry_run else parked.delete(concerns)

@@ -1,8 +1,8 @@
 """The releases in a node's cache: which of them are in use, and the removal of the others.
 
 A process that serves a release holds it: a shared lock on a file beside the release's folder, which the operating
-system releases when the process ends. All applications of routed and warm releases hold theirs. ``prune`` removes what
-nobody holds and nobody has fetched for a while, and what an interrupted download left.
+system releases when the process ends. All applications of routed and warm releases hold theirs. ``prune`` removes
+releases that no process holds and that were not fetched for a while, and what an interrupted download left.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Compares the audiences of the two arms, to notice viewers that somebody invented or forged. Pure functions.
+"""Compares the audiences of the two arms, to detect invented viewers and forged outcomes. Pure functions.
 
 Both arms draw their viewers from the same traffic, so at equal times they have equal shares of everything that the
 release does not cause. A difference is a suspicion: it holds the rollout, and it is never a reason to roll back or

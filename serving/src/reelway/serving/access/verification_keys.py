@@ -127,9 +127,7 @@ def _jwk(entry: Any) -> tuple[str | None, PublicKey | None, str | None]:
     if not isinstance(entry, dict) or entry.get("kty") not in ("RSA", "EC", "OKP") or entry.get("use", "sig") != "sig":
         return None, None, None
     key_id, named = entry.get("kid"), entry.get("alg")
-    public = {
-        name: value for name, value in entry.items() if name not in ("d", "p", "q", "dp", "dq", "qi", "oth", "alg")
-    }
+    public = {name: value for name, value in entry.items() if name not in _IGNORED}
     try:
         key = PyJWK.from_dict(public).key
     except (PyJWTError, ValueError, TypeError, KeyError) as error:
