@@ -37,7 +37,8 @@ from reelway.serving.access.errors import KeysUnavailableError, UnauthenticatedE
 from reelway.serving.access.refreshed import MIN_INTERVAL_S
 from reelway.serving.access.verification_keys import parse_keys
 
-NOW = int(time.time())
+NOW = int(time.time())  # when the tests were collected; some of them run half an hour later
+DAY_S = 86_400
 RSA_KEY = rsa.generate_private_key(public_exponent=65537, key_size=2048)
 EC_KEY = ec.generate_private_key(ec.SECP256R1())
 ED_KEY = ed25519.Ed25519PrivateKey.generate()
@@ -61,7 +62,7 @@ def jwk(key: Any, **more: str) -> dict[str, Any]:
 
 
 def claims(**changes: Any) -> dict[str, Any]:
-    whole = {"sub": "7", "aud": "reelway", "iss": "https://id", "exp": NOW + 600, **changes}
+    whole = {"sub": "7", "aud": "reelway", "iss": "https://id", "exp": NOW + DAY_S, **changes}
     return {name: value for name, value in whole.items() if value is not None}
 
 
@@ -110,8 +111,8 @@ def _unsigned(header: dict[str, Any], body: dict[str, Any], signature: bytes = b
         ({"exp": NOW - 60}, "expired"),
         ({"exp": None}, "claims"),
         ({"exp": "soon"}, "malformed"),
-        ({"nbf": NOW + 600}, "not_yet_valid"),
-        ({"iat": NOW + 600}, "not_yet_valid"),
+        ({"nbf": NOW + DAY_S}, "not_yet_valid"),
+        ({"iat": NOW + DAY_S}, "not_yet_valid"),
         ({"aud": "other"}, "audience"),
         ({"aud": None}, "claims"),
         ({"iss": "https://evil"}, "issuer"),
