@@ -2,7 +2,7 @@
 
 One service on Ray Serve, behind its HTTP proxy, gets half of its capacity from honest viewers, alone and beside
 
-- malformed and hostile requests of every kind, each many times;
+- malformed and hostile requests of every kind, each many times, at a fixed rate;
 - clients that send one byte a second on many connections.
 
 Load generator, attackers and service share the cores; the attackers run in a process of their own.
@@ -17,10 +17,12 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -37,10 +39,12 @@ from tests.support.serving.hostile_serving_requests import LIKE, OUTCOME, RECOMM
 from reelway.platform.cli.terminal import print_status
 from reelway.serving.http_api import OUTCOMES as OUTCOMES_PATH
 from reelway.serving.http_api import RECOMMEND as RECOMMEND_PATH
+from reelway.serving.serve_settings import SLOW_REQUEST_S
 
 ROUNDS: Final = 4
 ATTACKERS: Final = 64
 """Threads of the attacker; bodies that stall keep theirs for seconds."""
+LATE_S: Final = SLOW_REQUEST_S + 1.0
 P99_BAR: Final = 1.2
 MEMORY_BAR: Final = 1.05
 
@@ -48,7 +52,7 @@ MEMORY_BAR: Final = 1.05
 def main() -> None:
     options = _options()
     if options.attack:
-        print(json.dumps(attack(options.attack, options.times)))
+        print(json.dumps(attack(options.attack, options.times, options.hostile_rate)))
         return
     if options.dawdle:
         asyncio.run(dawdle(options.dawdle, options.slow_clients))
@@ -61,22 +65,23 @@ def main() -> None:
             with running("fused", fixture.path) as service:
                 settle(service, fixture)
                 rate = 0.5 * measured(service, fixture, options.seconds, connections=CAPACITY).per_s
-                rows += measure_hostile(service, fixture, rate, options.seconds, options.times)
+                rows += measure_hostile(service, fixture, rate, options)
                 rows += measure_slow_clients(service, fixture, rate, options.seconds, options.slow_clients)
     write_report("hostile", rows)
 
 
-def measure_hostile(service: Variant, fixture: ServingFixture, rate: float, seconds: float, times: int) -> list[Row]:
+def measure_hostile(service: Variant, fixture: ServingFixture, rate: float, options: argparse.Namespace) -> list[Row]:
     """Measures honest requests alone and beside all kinds of hostile requests, in turns."""
     alone: list[NDArray[np.void]] = []
     beside: list[NDArray[np.void]] = []
     wrong: Counter[str] = Counter()
+    seconds = options.seconds
     sent, before = 0, sum(service.replica_mb().values())
     for turn in range(ROUNDS):
         print_status(f"hostile requests, turn {turn + 1} of {ROUNDS}")
         alone.append(run_load(plan(service, fixture, seconds, rate=rate, seed=turn)))
         command = [sys.executable, "-m", "tests.benchmarks.bench_hostile", "--attack", service.url]
-        command += ["--times", str(times // ROUNDS)]
+        command += ["--times", str(options.times // ROUNDS), "--hostile-rate", str(options.hostile_rate)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as attacker:
             answers = run_load(plan(service, fixture, seconds, rate=rate, seed=100 + turn))
             while attacker.poll() is None:  # honest requests go on until the attack ends
@@ -92,7 +97,7 @@ def measure_hostile(service: Variant, fixture: ServingFixture, rate: float, seco
     kinds = len(_attacks(service.url))
     rejected = wrong.total()
     return [
-        Row(f"{kinds} kinds of hostile requests: sent", sent, ""),
+        Row(f"{kinds} kinds of hostile requests at {options.hostile_rate:.0f}/s: sent", sent, ""),
         Row("answers outside the documented shapes", rejected, "", "0", rejected == 0),
         *_latency_rows("hostile requests", rate, alone, beside),
         Row("memory of the replicas after over before", grown, "x", f"<= {MEMORY_BAR}", grown <= MEMORY_BAR),
@@ -112,11 +117,20 @@ def measure_slow_clients(
     return _latency_rows(f"{clients} clients that send a byte a second", rate, alone, beside)
 
 
-def attack(url: str, times: int) -> dict[str, object]:
-    """Sends each hostile request ``times`` times. Returns how many were sent, and the wrong answers by description."""
+def attack(url: str, times: int, rate: float) -> dict[str, object]:
+    """Sends each hostile request ``times`` times, at ``rate`` requests per second.
+
+    Returns how many were sent, and the wrong answers by description.
+    """
     attacks = _attacks(url) * times
+    began_s = time.monotonic()
+
+    def send_when_due(index: int) -> str | None:
+        time.sleep(max(0.0, began_s + index / rate - time.monotonic()))
+        return _problem(*attacks[index])
+
     with ThreadPoolExecutor(ATTACKERS) as pool:
-        wrong = Counter(filter(None, pool.map(lambda one: _problem(*one), attacks)))
+        wrong = Counter(filter(None, pool.map(send_when_due, range(len(attacks)))))
     return {"sent": len(attacks), "wrong": wrong}
 
 
@@ -156,9 +170,17 @@ def _attacks(url: str) -> list[tuple[Endpoint, HostileRequest]]:
     recommend = Endpoint(port, RECOMMEND_PATH, VIEWER, 422, lambda: 0, check_error)
     outcomes = Endpoint(port, OUTCOMES_PATH, LIKE, 422, lambda: 0, check_error)
     return [
-        *((recommend, request) for request in [*REQUESTS, *RECOMMEND]),
-        *((outcomes, request) for request in [*REQUESTS, *OUTCOME]),
+        *((recommend, _behind_proxy(request)) for request in [*REQUESTS, *RECOMMEND]),
+        *((outcomes, _behind_proxy(request)) for request in [*REQUESTS, *OUTCOME]),
     ]
+
+
+def _behind_proxy(request: HostileRequest) -> HostileRequest:
+    """Returns the request as HAProxy answers it, which waits for a body of any declared length until its own limit."""
+    if request.pause_s:
+        return replace(request, pause_s=LATE_S)
+    declares_more = request.status == 413 and request.headers.get("Content-Length") is not None
+    return replace(request, status=408) if declares_more else request
 
 
 def _problem(endpoint: Endpoint, request: HostileRequest) -> str | None:
@@ -169,7 +191,7 @@ def _problem(endpoint: Endpoint, request: HostileRequest) -> str | None:
         return f"{endpoint.path}, {request.name}: {error!r}"
     expected = endpoint.malformed if request.status == MALFORMED else request.status
     try:
-        if not (request.by_server or status == NOT_ANSWERED):
+        if status != NOT_ANSWERED:
             endpoint.check_body(body)
     except (AssertionError, ValueError):
         return f"{endpoint.path}, {request.name}: {status} with body {body[:80]!r}"
@@ -197,6 +219,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--videos", type=int, default=20_000, help="size of the catalogue")
     parser.add_argument("--seconds", type=float, default=10.0, help="duration of one load")
     parser.add_argument("--times", type=int, default=200, help="how often each kind is sent, over all turns")
+    parser.add_argument("--hostile-rate", type=float, default=100.0, help="hostile requests per second")
     parser.add_argument("--slow-clients", type=int, default=300, help="connections that send a byte a second")
     parser.add_argument("--attack", metavar="URL", help=argparse.SUPPRESS)
     parser.add_argument("--dawdle", metavar="URL", help=argparse.SUPPRESS)

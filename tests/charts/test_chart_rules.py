@@ -93,6 +93,7 @@ def healthy() -> Series:
         'reelway_rollout_failures_total{kind="evidence"}': grows(0),
         'reelway_rollout_webhooks_total{outcome="stored"}': grows(1),
         'reelway_rollout_webhooks_total{outcome="unauthorised"}': grows(0),
+        'reelway_rollout_suspicion{kind="silent viewers"}': level(0),
         'reelway_thread_failures_total{thread="releases"}': grows(0),
         'reelway_ingress_foreign_features_total{release="aaaa"}': level(0),
         'up{job="reelway-operator"}': level(1),
@@ -179,6 +180,7 @@ FAULTS: Final[list[tuple[str, Mapping[str, list[float]], int]]] = [
     ("ReelwayOperatorSilent", {'up{job="reelway-operator"}': level(1, 0)}, 10),
     ("ReelwayOperatorFails", {'reelway_rollout_failures_total{kind="evidence"}': grows(0, 30)}, 16),
     ("ReelwayWebhookRefused", {'reelway_rollout_webhooks_total{outcome="unauthorised"}': grows(0, 2)}, 4),
+    ("ReelwayEvidenceSuspected", {'reelway_rollout_suspicion{kind="silent viewers"}': level(0, 1)}, 10),
     ("ReelwayCanaryErrors", {requests("degraded", "canary", "bbbb"): grows(0, 60)}, 4),
     ("ReelwayCanaryEmptySlates", {
         'reelway_ingress_empty_slates_total{arm="canary", release="bbbb"}': grows(0, 30)

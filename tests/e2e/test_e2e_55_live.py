@@ -1,7 +1,8 @@
 """What is shown, done, uploaded and taken down counts within seconds, with an event log on Kafka and the live parts.
 
-This module has its own installation, because the live parts need a run that a release was trained from. Its limits are
-for two cores that also run the node; `make bench-live` measures the times without one.
+This module has its own installation, because the live parts need a run that a release was trained from. Its service
+demands a proof of each viewer's identity. Its limits are for two cores that also run the node; `make bench-live`
+measures the times without one.
 """
 
 from __future__ import annotations
@@ -65,6 +66,15 @@ def test_installation_with_an_event_log_answers(live: LiveInstallation) -> None:
     assert "reelway_uploads_age_seconds" in live.metrics(OVERLAY_METRICS)
 
 
+def test_only_the_proven_viewer_is_answered(live: LiveInstallation) -> None:
+    viewer = live.new_viewers(2)
+    slate, *_ = live.slates([viewer], 1)
+    status = live.ask("identities", viewer=viewer, token=slate["videos"][0]["token"])
+    assert status == {
+        "slate_without": 401, "slate_of_another": 403, "outcome_without": 401, "accepted_of_another": 0, "slate": 200,
+    }  # fmt: skip
+
+
 def test_ten_pages_repeat_no_video(live: LiveInstallation) -> None:
     pages = live.slates([live.new_viewers(1)] * 10, 10)
     shown = [video["video_id"] for page in pages for video in page["videos"]]
@@ -84,7 +94,7 @@ def test_next_slate_has_no_video_of_a_blocked_creator(live: LiveInstallation) ->
     _, *pages = live.slates([other] * 6, 50)
     of_other = Counter(creator for creator in _creators(pages) if creator in tokens)
     creator, count = of_other.most_common(1)[0]
-    answer = live.ask("report", outcomes=[{"token": tokens[creator], "type": "block_creator"}])
+    answer = live.ask("report", outcomes={viewer: [{"token": tokens[creator], "type": "block_creator"}]})
     assert answer == {"accepted": 1, "refused": []}
     after = _creators(live.slates([viewer] * 5, 50))
     live.note(
@@ -104,6 +114,22 @@ def test_slate_follows_what_a_viewer_watched(live: LiveInstallation) -> None:
         "live: watched and liked -> slate that follows", taken_s, "s", f"under {FOLLOWED_S:g}", taken_s < FOLLOWED_S
     )
     assert taken_s < FOLLOWED_S
+
+
+def test_erased_viewer_is_a_new_viewer(live: LiveInstallation) -> None:
+    """All stores forget the viewer while the service runs; so videos that were shown are shown again."""
+    viewer = live.new_viewers(1)
+    before = live.slates([viewer] * 3, 20)
+    shown = set(_videos(before))
+    assert len(shown) == 60
+    liked = [{"token": video["token"], "type": "like"} for video in before[0]["videos"][:3]]
+    assert live.ask("report", outcomes={viewer: liked})["accepted"] == 3
+    report = live.erase(viewer)
+    assert report["removed"] > 0, report
+    assert str(viewer) not in str(report)
+    again = len(shown & set(_videos(live.slates([viewer], 20))))
+    live.note("live: videos of an erased viewer's next slate that they were shown before, of 20", again, "videos")
+    assert again
 
 
 def test_uploaded_video_is_shown_and_disappears_when_taken_down(live: LiveInstallation) -> None:
@@ -133,18 +159,22 @@ def test_collector_counts_every_exposure_and_outcome(live: LiveInstallation) -> 
     second = live.live_run.releases.ids[1]
     begin(live.kubectl, ROLLOUT, second, HELD)
     wait_until_phase(live.kubectl, ROLLOUT, "Stepping", "Holding", within_s=240)
-    slates = live.slates(_viewers(live, 40), 10)
+    viewers = _viewers(live, 40)
+    slates = live.slates(viewers, 10)
     assert {slate["arm"] for slate in slates} >= {"canary"}, "no viewer got the canary"
-    tokens = [video["token"] for slate in slates for video in slate["videos"]]
-    outcomes = [{"token": token, "type": "watch", "value": 60_000} for token in tokens[::2]]
+    outcomes = {
+        viewer: [{"token": video["token"], "type": "watch", "value": 60_000} for video in slate["videos"][::2]]
+        for viewer, slate in zip(viewers, slates, strict=True)
+    }
+    count = sum(len(of_viewer) for of_viewer in outcomes.values())
     answer = live.ask("report", outcomes=outcomes)
-    assert answer == {"accepted": len(outcomes), "refused": []}
-    wanted = (len(tokens), len(outcomes))
+    assert answer == {"accepted": count, "refused": []}
+    wanted = (sum(len(slate["videos"]) for slate in slates), count)
     taken_s = until(
         "all are counted", lambda: _counted(live) == wanted, 60, lambda: f"counted {_counted(live)} of {wanted}"
     )
-    live.counted_of_canary, live.outcomes_counted = _counted(live, "canary"), len(outcomes)
-    assert 0 < live.counted_of_canary[0] < len(tokens)
+    live.counted_of_canary, live.outcomes_counted = _counted(live, "canary"), count
+    assert 0 < live.counted_of_canary[0] < wanted[0]
     live.note("live: outcomes accepted -> exposures and outcomes counted", taken_s, "s")
 
 

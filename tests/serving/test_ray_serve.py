@@ -26,6 +26,7 @@ import jsonschema
 import psutil
 import pytest
 from tests.support.release_files import NOW_S
+from tests.support.serving.hostile_serving_requests import check_error
 from tests.support.serving.served_run import KNOWN_VIEWER, READY_S, Running, make_run
 
 from reelway.platform.cli.processes import reelway_command, terminate_process_group
@@ -138,7 +139,20 @@ def test_proxy_ends_a_request_that_arrives_slowly(service: Running, rest: str) -
             connection.sendall(b"x")
             with suppress(TimeoutError):
                 response = connection.recv(4096)
+        with suppress(OSError):
+            response += connection.recv(4096)
     assert response.startswith(b"HTTP/1.1 408 ")
+    check_error(response.partition(b"\r\n\r\n")[2])
+
+
+@pytest.mark.skipif(SERVE_SETTINGS["RAY_SERVE_ENABLE_HA_PROXY"] == "0", reason="HAProxy is not installed")
+def test_proxy_answers_what_is_not_http_as_documented(service: Running) -> None:
+    address = httpx.URL(service.url)
+    with socket.create_connection((address.host, address.port or 80), timeout=10) as connection:
+        connection.sendall(b"\x16\x03\x01\x02\x00\x01\r\n\r\n")
+        response = b"".join(iter(lambda: connection.recv(4096), b""))
+    assert response.startswith(b"HTTP/1.1 400 ")
+    check_error(response.partition(b"\r\n\r\n")[2])
 
 
 def test_service_port_has_no_internal_path(service: Running) -> None:

@@ -1,20 +1,26 @@
 """Asks a running service what the live scene of the end-to-end tests has to know. Runs in a pod of the cluster.
 
 ``python live_probe.py VERB JSON`` calls a function of this module with keyword arguments and prints its result as JSON.
-All times are from the pod's clock. Only the standard library and httpx are used.
+All times are from the pod's clock. Only the standard library and httpx are used. The pod plays the application's
+gateway: it signs the header with each viewer's id.
 """
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
 
 TIMEOUT_S = 10.0
+GATEWAY_KEY = Path("/files/gateway.key")
+"""The secret that the gateway and the service share."""
 UPLOAD_COUNT = 50
 """Videos of each slate in which an uploaded video is looked for."""
 FOLLOW_COUNT, FOLLOW_INTERVAL_S = 5, 0.25
@@ -28,10 +34,32 @@ def slates(url: str, viewers: Sequence[int], count: int) -> list[Slate]:
         return [_slate(client, viewer, count) for viewer in viewers]
 
 
-def report(url: str, outcomes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Reports outcomes and returns the answer."""
+def report(url: str, outcomes: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """Reports outcomes by viewer, one request per viewer. Returns the answers as one."""
     with _client(url) as client:
-        return _report(client, outcomes)
+        answers = [_report(client, int(viewer), of_viewer) for viewer, of_viewer in outcomes.items()]
+    return {
+        "accepted": sum(answer["accepted"] for answer in answers),
+        "refused": [refusal for answer in answers for refusal in answer["refused"]],
+    }
+
+
+def identities(url: str, viewer: int, token: str) -> dict[str, int]:
+    """Returns the status of requests about a viewer: without a proof, with that of another viewer, and with the own.
+
+    ``token``: of a slate of that viewer. ``accepted_of_another``: outcomes accepted of it from the other viewer.
+    """
+    request = {"viewer_id": viewer, "count": 1}
+    outcome = {"outcomes": [{"token": token, "type": "like"}]}
+    other = _proof(viewer + 1)
+    with _client(url) as client:
+        return {
+            "slate_without": client.post("/v1/recommend", json=request).status_code,
+            "slate_of_another": client.post("/v1/recommend", json=request, headers=other).status_code,
+            "outcome_without": client.post("/v1/outcomes", json=outcome).status_code,
+            "accepted_of_another": client.post("/v1/outcomes", json=outcome, headers=other).json()["accepted"],
+            "slate": client.post("/v1/recommend", json=request, headers=_proof(viewer)).status_code,
+        }
 
 
 def follow(url: str, viewer: int, durations_ms: Mapping[str, int], within_s: float) -> dict[str, Any]:
@@ -52,7 +80,7 @@ def follow(url: str, viewer: int, durations_ms: Mapping[str, int], within_s: flo
                 {"token": video["token"], "type": "like"},
             ]
         began = time.monotonic()
-        _report(client, outcomes)
+        _report(client, viewer, outcomes)
         while True:
             page = _slate(client, viewer, FOLLOW_COUNT)
             after_s = time.monotonic() - began
@@ -110,15 +138,22 @@ def _client(url: str) -> httpx.Client:
     return httpx.Client(base_url=url, timeout=TIMEOUT_S)
 
 
+def _proof(viewer: int) -> dict[str, str]:
+    """The header by which the gateway proves who the viewer is."""
+    signed = f"{viewer}.{int(time.time())}"
+    signature = hmac.new(GATEWAY_KEY.read_bytes().strip(), signed.encode(), hashlib.sha256).hexdigest()
+    return {"Reelway-Viewer": f"{signed}.{signature}"}
+
+
 def _slate(client: httpx.Client, viewer: int, count: int) -> Slate:
-    answer = client.post("/v1/recommend", json={"viewer_id": viewer, "count": count}).raise_for_status()
-    slate: Slate = answer.json()
+    request = {"viewer_id": viewer, "count": count}
+    slate: Slate = client.post("/v1/recommend", json=request, headers=_proof(viewer)).raise_for_status().json()
     return slate
 
 
-def _report(client: httpx.Client, outcomes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    answer = client.post("/v1/outcomes", json={"outcomes": list(outcomes)}).raise_for_status()
-    content: dict[str, Any] = answer.json()
+def _report(client: httpx.Client, viewer: int, outcomes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    answer = client.post("/v1/outcomes", json={"outcomes": list(outcomes)}, headers=_proof(viewer))
+    content: dict[str, Any] = answer.raise_for_status().json()
     return content
 
 
@@ -135,7 +170,7 @@ def _ids(slate: Slate) -> list[int]:
 
 
 VERBS: dict[str, Callable[..., Any]] = {
-    verb.__name__: verb for verb in (slates, report, follow, upload, take_down, metrics)
+    verb.__name__: verb for verb in (slates, report, identities, follow, upload, take_down, metrics)
 }
 
 if __name__ == "__main__":

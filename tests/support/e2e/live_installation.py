@@ -1,14 +1,18 @@
 """An installation with all live parts: event log on Kafka, feature stream, overlay writer, catalogue API.
 
-Kafka is a pod beside it, the online store is the chart's own Redis. A client pod runs tests/support/live_probe.py.
+Kafka is a pod beside it, the online store is the chart's own Redis. A client pod runs tests/support/live_probe.py. The
+service answers only viewers whose id the application's gateway, which is that pod, has signed.
 """
 
 from __future__ import annotations
 
 import json
+import secrets
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 from tests.support.bench_results import Row
@@ -26,6 +30,8 @@ PROBE: Final = "probe"
 CATALOGUE_URL: Final = f"http://{NAME}-catalogue:8085"
 STREAM_METRICS: Final = f"http://{NAME}-stream:9102/metrics"
 OVERLAY_METRICS: Final = f"http://{NAME}-overlay:9103/metrics"
+STREAM_POD: Final = f"{NAME}-stream-0"
+_GATEWAY_KEYS: Final = "gateway-keys"
 _METRICS_PORT: Final = 9100
 _PROGRAM: Final = ROOT / "tests" / "support" / "live_probe.py"
 _SMALL: Final = {"requests": {"cpu": "50m", "memory": "512Mi"}, "limits": {"cpu": "1", "memory": "2Gi"}}
@@ -40,6 +46,7 @@ def live_values() -> dict[str, Any]:
     """Values of the installation."""
     repository, _, tag = redis_pod.image().rpartition(":")
     return {
+        "auth": {"mode": "gateway", "gateway": {"keysSecret": _GATEWAY_KEYS}},
         "eventLog": {"address": f"kafka://{KAFKA}:{kafka_pod.PORT}"},
         "features": {
             "type": "redis",
@@ -98,6 +105,14 @@ class LiveInstallation:
         slates: list[dict[str, Any]] = self.ask("slates", viewers=list(viewers), count=count)
         return slates
 
+    def erase(self, viewer: int) -> dict[str, Any]:
+        """Erases a viewer in a pod with the run and the credentials of all stores, and returns the report."""
+        stores = ("--run", f"/var/lib/reelway/work/{RUNS_PATH}", "--state", "/var/lib/reelway/stream")
+        log = ("--events", live_values()["eventLog"]["address"])
+        command = ("reelway", "erase", "--viewer", str(viewer), *stores, *log, "--yes", "--json")
+        report: dict[str, Any] = json.loads(self.kubectl.run("exec", STREAM_POD, "-c", "stream", "--", *command))
+        return report
+
     def has_slates(self) -> bool:
         """Whether the service answers with videos."""
         try:
@@ -127,8 +142,21 @@ def live_installation(cluster: Cluster) -> Iterator[LiveInstallation]:
         live_run.deliver(kubectl, f"{NAME}-redis:{redis_pod.PORT}")
         kafka_pod.apply_kafka(kubectl, KAFKA)
         installation = Installation(cluster, kubectl, live_run.releases, given=live_values())
-        with pod(kubectl, PROBE, files={"live_probe.py": _PROGRAM}):
+        with (
+            _gateway_key(kubectl) as key,
+            pod(kubectl, PROBE, files={"live_probe.py": _PROGRAM, key.name: key}),
+        ):
             try:
                 yield LiveInstallation(installation, live_run)
             finally:
                 installation.uninstall()
+
+
+@contextmanager
+def _gateway_key(kubectl: Kubectl) -> Iterator[Path]:
+    """Makes the secret that gateway and service share, as a file and as a Secret of the namespace."""
+    with tempfile.TemporaryDirectory(prefix="reelway-e2e-gateway-") as folder:
+        path = Path(folder) / "gateway.key"
+        path.write_text(secrets.token_hex(32))
+        kubectl.run("create", "secret", "generic", _GATEWAY_KEYS, f"--from-file=keys={path}")
+        yield path

