@@ -297,8 +297,8 @@ def test_retrieval_replica_hides_takedowns(tmp_path: Path) -> None:
     )  # fmt: skip
     table = ReleaseLoader(folders[0]).table()
     query = cold_start_query(table)
-    first = int(table.video_id.base[RetrievalStage(source).retrieve(query).rows[0]])
+    first = int(table.video_id.base[run_without_waiting(RetrievalStage(source).retrieve(query)).rows[0]])
     publish(events, *takedown(videos=[first]))
-    later = table.video_id.base[RetrievalStage(source).retrieve(query).rows]
+    later = table.video_id.base[run_without_waiting(RetrievalStage(source).retrieve(query)).rows]
     assert len(later)
     assert first not in later

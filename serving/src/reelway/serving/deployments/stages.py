@@ -2,6 +2,9 @@
 
 Each replica fetches and verifies the release itself, so a node without the release needs no other node. Each stage
 takes one array container and returns one (``serving.stages.arrays``); a call carries 2 to 10 kB.
+
+The methods of the stages are coroutines although they only compute: Ray Serve runs a coroutine in the replica's event
+loop, and hands a plain function to a thread, which costs two thread switches per call.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ class RetrievalStage:
         self._metrics = metrics.RetrievalMetrics(registry, loader.release_id())
         self._stage.retrieve(cold_start_query(loader.table()))  # the first call includes deferred initialisation
 
-    def retrieve(self, query: ViewerQuery) -> Candidates:
+    async def retrieve(self, query: ViewerQuery) -> Candidates:
         with metrics.timed(self._metrics.latency):
             candidates = self._stage.retrieve(query)
         self._metrics.count(candidates)
@@ -90,7 +93,7 @@ class RerankingStage:
         self._metrics = metrics.RerankingMetrics(CollectorRegistry(), loader.release_id())
         self._bound = (retrieval, ranking)
 
-    def rerank(self, candidates: ScoredCandidates) -> Slate:
+    async def rerank(self, candidates: ScoredCandidates) -> Slate:
         with metrics.timed(self._metrics.latency):
             slate = self._stage.rerank(candidates)
         self._metrics.count(slate)
