@@ -85,6 +85,13 @@ def test_operator_composes_a_serve_config_from_the_options(environment: str, com
     assert Routing.model_validate(router["user_config"]) == Routing.single_release(RELEASE)
 
 
+@pytest.mark.parametrize("environment", ["dev", "production-cpu", "air-gapped"])
+def test_fused_release_runs_in_the_routers(environment: str) -> None:
+    applications = {one["name"]: one for one in serve_config(environment, "fused")["applications"]}
+    assert [one["name"] for one in applications[RELEASE]["deployments"]] == ["Release"]
+    assert {applications[name]["args"]["composition"] for name in (RELEASE, "router")} == {"fused"}
+
+
 def test_cluster_config_differs_from_local_mode_in_paths_with_sizes_only() -> None:
     releases = ReleaseStoreArgs(release_store="x", release_cache=Path("x"), public_keys=Path("x"))
     options = ServingOptions(releases=releases, metrics_dir=Path("x"), outcomes=Path("x"))

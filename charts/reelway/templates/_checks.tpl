@@ -118,6 +118,9 @@
 {{- include "reelway.fail" (dict "path" (printf "%s.autoscaling.min" $path) "saw" $one.autoscaling.min "expected" (printf "at most autoscaling.max, which is %v" $one.autoscaling.max)) }}
 {{- end }}
 {{- end }}
+{{- if and (eq $v.serving.composition "fused") (eq $v.ranker.backend "kserve") }}
+{{- include "reelway.fail" (dict "path" "serving.composition" "saw" "fused" "expected" "staged, because ranker.backend is kserve and a fused release ranks in the routers") }}
+{{- end }}
 {{- include "reelway.checkCapacity" . }}
 {{- if and $v.serving.ingress.enabled (not $v.serving.ingress.host) }}
 {{- include "reelway.fail" (dict "path" "serving.ingress.host" "saw" "" "expected" "a host name, because serving.ingress.enabled is true") }}
@@ -181,10 +184,19 @@
 {{- $demand := 0.0 }}
 {{- range $name, $deployment := $s.deployments }}
 {{- $replicas := ternary $deployment.autoscaling.min $deployment.replicas $deployment.autoscaling.enabled }}
-{{- $demand = addf $demand (mulf $replicas $deployment.cpus (ternary 1 2 (eq $name "router"))) }}
+{{- if eq $name "router" }}
+{{- $demand = addf $demand (mulf $replicas $deployment.cpus) }}
+{{- end }}
+{{- if and (ne $name "router") (eq $s.composition "staged") }}
+{{- $demand = addf $demand (mulf $replicas $deployment.cpus 2) }}
+{{- end }}
+{{- if and (eq $name "router") (eq $s.composition "fused") }}
+{{- $demand = addf $demand (mulf $deployment.cpus 2) }}
+{{- end }}
 {{- end }}
 {{- if gt $demand $capacity }}
-{{- include "reelway.fail" (dict "path" "serving.workers" "saw" (printf "%v CPUs in all" $capacity) "expected" (printf "at least %v: the routers and the stages of two releases, as serving.deployments states them" $demand)) }}
+{{- $what := ternary "the routers and the stages of two releases, as serving.deployments states them" "the routers, and one more replica of their size for each of two releases" (eq $s.composition "staged") }}
+{{- include "reelway.fail" (dict "path" "serving.workers" "saw" (printf "%v CPUs in all" $capacity) "expected" (printf "at least %v: %s" $demand $what)) }}
 {{- end }}
 {{- end -}}
 

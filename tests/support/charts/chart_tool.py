@@ -41,6 +41,7 @@ _GATEWAY: Final = {"mode": "gateway", "gateway": {"keysSecret": "gateway-keys"}}
 COMPONENTS: Final[dict[str, Document]] = {
     "as-is": {},
     "gcs-store": {"ray": {"gcs": {"redisAddress": "redis.test:6379"}}},
+    "fused": {"serving": {"composition": "fused"}},
     "kserve": {"ranker": {"backend": "kserve"}},
     "s3": {"releases": {"store": {"type": "s3", "s3": _S3}}},
     "gs": {"releases": {"store": {"type": "gs", "gs": {"bucket": "releases"}}}},

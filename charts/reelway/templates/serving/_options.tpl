@@ -20,7 +20,7 @@ outcomes: {{ if $s.outcomes.enabled }}{{ include "reelway.outcomesFolder" . }}/o
 events: {{ .Values.eventLog.address | default nil | toJson }}
 host: {{ include "reelway.serveHost" . | quote }}
 port: {{ $s.port | toJson }}
-composition: staged
+composition: {{ $s.composition | quote }}
 access:
   {{- include "reelway.accessOptions" . | nindent 2 }}
 max_ongoing_requests: {{ $s.queue.maxOngoingRequests | toJson }}
