@@ -131,7 +131,7 @@ def start(
             directory, release, rules, force=force, note=note, ray_service=ray_service, serve=serve
         )
     else:
-        started = start_rollout(directory, store, release, rules, force=force, note=note)
+        started = start_rollout(directory, store, release, rules, force=force, note=note, in_child=wait)
     state = started.state
     stdout_console.print(state.id, highlight=False)
     releases = f"{short_id(state.canary_release)} over {short_id(state.stable_release)}"

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import secrets
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from datetime import UTC, datetime
+from multiprocessing import get_context
 from typing import TYPE_CHECKING, Final
 
 from reelway.platform.cli.rollout.location import current_user, serving_record
 from reelway.platform.cli.terminal import stderr_console
-from reelway.platform.errors import RolloutError
+from reelway.platform.errors import ReleaseError, RolloutError
 from reelway.platform.rollout.policy import RolloutPolicy
 from reelway.platform.run_directory import RunDirectory
 
@@ -33,6 +36,7 @@ def start_rollout(
     force: bool,
     note: str,
     prefix: str = ROLLOUT_PREFIX,
+    in_child: bool = False,
 ) -> Rollout:
     """Stores a new rollout.
 
@@ -40,6 +44,7 @@ def start_rollout(
         release: id, unique id prefix, or ``latest``, in the run's release store.
         force: ignores a cooldown and an earlier rollback of this release, but not a rollout in progress.
         prefix: prefix of the rollout id. Drills have their own, because a drill causes no cooldown.
+        in_child: verify the release in a child process, for callers that then wait for a long time.
 
     Raises:
         ReleaseError: if the release does not exist or fails verification.
@@ -48,7 +53,7 @@ def start_rollout(
     from reelway.platform.rollout.transition import start_state
 
     stable = live_release(run, store.latest())
-    canary = verified_release(run, release)
+    canary = verified_in_child(run, release) if in_child else verified_release(run, release)
     now, previous = time.time(), previous_rollout(store, canary)
     state = start_state(
         policy,
@@ -88,6 +93,23 @@ def verified_release(run: RunDirectory, release: str) -> str:
 
     with stderr_console.status("verifying the release"):
         return fetch_verified(run, release).manifest.release_id
+
+
+def verified_in_child(run: RunDirectory, release: str) -> str:
+    """Verifies a release as ``verified_release`` does, in a process that then ends.
+
+    Verification loads the models' and Feast's libraries, which would stay in this process's memory (some 700 MB).
+
+    Raises:
+        ReleaseError: if the release does not exist, fails verification, or the process was killed.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        try:
+            return pool.submit(verified_release, run, release).result()
+        except BrokenProcessPool as error:
+            raise ReleaseError(
+                f"release {release}: the process that verified it was killed, perhaps for lack of memory; try again"
+            ) from error
 
 
 def previous_rollout(store: RolloutStore, canary: str) -> Rollout | None:
