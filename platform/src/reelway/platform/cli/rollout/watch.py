@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from reelway.platform.rollout.records import HistoryEntry, RolloutStore
 
 REDRAW_INTERVAL_S: Final = 0.25
+READ_INTERVAL_S: Final = 1.0
+"""Seconds after which plain output reads a store that has not changed, to notice a controller that has stopped."""
 REMINDER_INTERVAL_S: Final = 15.0
 """Minimum interval between two plain lines about what the rollout waits for: its numbers change on every reconcile."""
 TERMINAL_PHASES: Final = frozenset({Phase.PROMOTED, Phase.ROLLED_BACK})
@@ -81,10 +83,16 @@ def watch_plain(
 
     Returns at a phase of ``until`` or at the timeout.
     """
-    printer = PlainOutput(write)
+    printer, shown, revision, read_at = PlainOutput(write), None, None, 0.0
     for _ in poll_times(timeout_s, every_s=REDRAW_INTERVAL_S):
-        now, rollout, last_reconcile = time.time(), store.get(rollout_id), store.last_reconcile(rollout_id)
-        printer.decisions(store.history(rollout_id), len(rollout.policy.steps))
+        now, newest = time.time(), store.revision()
+        if newest == revision and abs(now - read_at) < READ_INTERVAL_S:
+            continue
+        revision, read_at = newest, now
+        rollout, last_reconcile = store.get(rollout_id), store.last_reconcile(rollout_id)
+        if rollout != shown:  # a decision changes the rollout; most reconciles decide nothing
+            shown = rollout
+            printer.decisions(store.history(rollout_id), len(rollout.policy.steps))
         controller = controller_status(run, rollout, last_reconcile, now)
         printer.controller_silent(controller.problem and f"{controller.problem}: {controller_start_hint(run)}", now)
         if last_reconcile is not None and rollout.state.active and last_reconcile.action in ("wait", "hold"):
