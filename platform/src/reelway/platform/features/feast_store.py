@@ -6,11 +6,14 @@ Feast is imported inside functions. The import takes about a second, and command
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
+import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
 
 import yaml
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 PROJECT: Final = "reelway"
 CONFIG_FILE: Final = "feature_store.yaml"
 OFFLINE_STORE: Final = "reelway.platform.features.offline_store.LiteralPathOfflineStore"
+_TORCH_WRAPPER: Final = "feast.torch_wrapper"
+"""The module that Feast imports torch in."""
 ONLINE_STORE: Final = "reelway.platform.features.redis_store.RedisAddressOnlineStore"
 
 
@@ -76,8 +81,16 @@ def import_feast() -> None:
 
     On import Feast sets ``PROMETHEUS_MULTIPROC_DIR``. Then every metric created later, in this process and its
     children, would be a file in a temporary folder that is never scraped.
+
+    Feast also imports torch, for results as tensors, which costs each process some 450 MB. Here it imports torch when
+    such a result is asked for.
     """
     import prometheus_client  # noqa: F401  (settles how values are kept, before Feast can)
+
+    if _TORCH_WRAPPER not in sys.modules:
+        wrapper = ModuleType(_TORCH_WRAPPER)
+        wrapper.get_torch = lambda: importlib.import_module("torch")  # type: ignore[attr-defined]
+        sys.modules[_TORCH_WRAPPER] = wrapper
 
     variables = ("PROMETHEUS_MULTIPROCESS_DIR", "PROMETHEUS_MULTIPROC_DIR")
     before = {name: os.environ.get(name) for name in variables}

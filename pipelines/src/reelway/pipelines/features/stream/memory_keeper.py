@@ -8,9 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Final
-
-from feast import FeatureStore
+from typing import TYPE_CHECKING, Final
 
 from reelway.pipelines.features.stream.memory_rebuild import rebuild_viewer_memory
 from reelway.pipelines.features.stream.metrics import StreamMetrics
@@ -18,6 +16,9 @@ from reelway.platform.errors import ReelwayError
 from reelway.platform.eventlog.topics import Topic, open_topic
 from reelway.platform.features.viewer_memory import ViewerMemory, open_viewer_memory
 from reelway.platform.supervised_thread import SupervisedThread
+
+if TYPE_CHECKING:
+    from feast import FeatureStore
 
 log = logging.getLogger(__name__)
 
