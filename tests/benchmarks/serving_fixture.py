@@ -27,13 +27,17 @@ from reelway.platform.contracts import feature_names as names
 from reelway.platform.features.hashing import category_codes
 from reelway.platform.release.signing import create_keys, load_private_key, sign
 from reelway.platform.release.store import ReleaseStore
+from reelway.platform.viewer_assertions import ViewerTokenSigner, create_viewer_key, read_viewer_key
 from reelway.serving.free_ports import find_free_port
 from reelway.serving.release_loader import ReleaseLoader
 from reelway.serving.video_table import VideoTable
 
 VIEWERS: Final = 40
 """Number of viewers; few, so that the store can hold the features of all of their candidates."""
+SQLITE: Final = "sqlite"
+"""The online store without Redis; it has no tables for features of videos."""
 NOW: Final = "2024-06-10T06:13:20Z"
+AUDIENCE: Final = "reelway"
 SECRET: Final = b"the benchmark's secret of tokens"
 
 
@@ -50,6 +54,16 @@ class ServingFixture:
     @property
     def features(self) -> Path:
         return self.path / "features"
+
+    @property
+    def viewer_keys(self) -> Path:
+        """The public key that viewers' tokens are verified with."""
+        return self.path / "viewers.public.pem"
+
+    @property
+    def proofs(self) -> Path:
+        """The Authorization header of each viewer, a JSON list."""
+        return self.path / "proofs.json"
 
     @property
     def release(self) -> str:
@@ -71,6 +85,10 @@ def make_serving_fixture(path: Path, videos: int) -> ServingFixture:
     manifest = sign(make_realistic_release(fixture.release_folder, videos), key)
     release = ReleaseStore(str(path / "releases")).write(fixture.release_folder, manifest)
     (path / "token.secret").write_bytes(SECRET)
+    viewer_key = path / "viewers.pem"
+    create_viewer_key(viewer_key)
+    signer = ViewerTokenSigner(read_viewer_key(viewer_key), audience=AUDIENCE, lifetime_s=86_400)
+    fixture.proofs.write_text(json.dumps([f"Bearer {signer.sign(viewer)}" for viewer in range(VIEWERS)]))
     (path / "facts.json").write_text(json.dumps({"release": release}))
     return fixture
 
@@ -115,7 +133,7 @@ def video_rows(table: VideoTable, rows: NDArray[np.int32]) -> list[dict[str, Any
 def _redis(folder: Path) -> Iterator[str]:
     program = shutil.which("redis-server")
     if program is None:
-        yield "sqlite"
+        yield SQLITE
         return
     folder.mkdir(exist_ok=True)
     port = find_free_port("127.0.0.1")

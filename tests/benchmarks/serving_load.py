@@ -43,6 +43,7 @@ class LoadPlan:
     count: int = 20
     time: str | None = None  # time in the requests' context, ISO 8601
     seed: int = 0
+    proofs: str = ""  # file with the Authorization header of each viewer, a JSON list
 
 
 def run_load(plan: LoadPlan) -> NDArray[np.void]:
@@ -99,7 +100,8 @@ class _LoadClient:
         self._host, _, port = address.partition(":")
         self._port = int(port)
         self._free: list[_Connection] = []
-        self._requests = [_request(address, viewer, plan) for viewer in range(plan.viewers)]
+        proofs = json.loads(Path(plan.proofs).read_text()) if plan.proofs else [""] * plan.viewers
+        self._requests = [_request(address, viewer, plan, proofs[viewer]) for viewer in range(plan.viewers)]
         self._chance = random.Random(plan.seed)
         self.answers: list[tuple[float, float, int, bool]] = []
 
@@ -125,10 +127,11 @@ class _LoadClient:
             connection.close()
 
 
-def _request(address: str, viewer: int, plan: LoadPlan) -> bytes:
+def _request(address: str, viewer: int, plan: LoadPlan, proof: str) -> bytes:
     context = {"time": plan.time} if plan.time else {}
     body = json.dumps({"viewer_id": viewer, "count": plan.count, "context": context}).encode()
     head = f"POST /v1/recommend HTTP/1.1\r\nHost: {address}\r\nContent-Type: application/json\r\n"
+    head += f"Authorization: {proof}\r\n" if proof else ""
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 

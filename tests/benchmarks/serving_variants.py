@@ -13,13 +13,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
-from tests.benchmarks.serving_fixture import SECRET, VIEWERS, ServingFixture
+from tests.benchmarks.serving_fixture import AUDIENCE, SECRET, VIEWERS, ServingFixture
 from tests.support.release_files import NOW_S
 
 from reelway.platform.contracts.api import RecommendRequest
@@ -46,13 +46,22 @@ class Variant:
         """Returns the CPU seconds of all processes of the service, Ray's processes included."""
         return sum(times.user + times.system for _, times in self._each("cpu_times"))
 
+    def cpu_by_process(self) -> dict[str, float]:
+        """Returns the CPU seconds of each replica, of HAProxy, and of everything else that Ray runs."""
+        found: dict[str, float] = {}
+        for process, times in self._each("cpu_times"):
+            with suppress(psutil.NoSuchProcess):
+                name = _part(process)
+                found[name] = found.get(name, 0.0) + times.user + times.system
+        return found
+
     def replica_mb(self) -> dict[str, float]:
         """Returns the memory of each deployment's replica in MB (PSS: shared pages count proportionally)."""
         found: dict[str, float] = {}
         for process, memory in self._each("memory_full_info"):
             line = " ".join(process.cmdline())
             if line.startswith(REPLICA):
-                found[line.split()[0].rpartition(":")[2]] = memory.pss / 1e6
+                found[_deployment(line)] = memory.pss / 1e6
         return found
 
     def _each(self, what: str) -> Iterator[tuple[psutil.Process, Any]]:
@@ -61,6 +70,17 @@ class Variant:
                 yield process, getattr(process, what)()
             except psutil.NoSuchProcess:
                 continue
+
+
+def _part(process: psutil.Process) -> str:
+    line = " ".join(process.cmdline())
+    if line.startswith(REPLICA):
+        return _deployment(line)
+    return "HAProxy" if "haproxy" in process.name() else "Ray's own processes"
+
+
+def _deployment(command_line: str) -> str:
+    return command_line.split()[0].rpartition(":")[2]
 
 
 @contextmanager
@@ -118,6 +138,7 @@ def _floor(fixture: ServingFixture, seconds: float) -> None:
 
 
 def _ours(kind: str, fixture: ServingFixture, settings: dict[str, Any]) -> None:
+    from reelway.platform.rollout.traffic.access_options import AccessOptions, JwtOptions
     from reelway.platform.rollout.traffic.serving_options import Deployments, ServingOptions
     from reelway.serving.deployments.local_serve import running_service
     from reelway.serving.free_ports import find_free_port
@@ -127,6 +148,14 @@ def _ours(kind: str, fixture: ServingFixture, settings: dict[str, Any]) -> None:
         release_store=str(path / "releases"), release_cache=path / "cache", public_keys=path / "keys"
     )
     deployments = Deployments.with_replicas(**settings.pop("replicas", {}))
+    if settings.pop("authenticated", False):
+        without_limit = {"per_second": 1e6, "burst": 1_000_000}
+        settings["access"] = AccessOptions(
+            mode="jwt",
+            jwt=JwtOptions(audience=AUDIENCE, keys_file=fixture.viewer_keys),
+            per_viewer=without_limit,
+            per_address=without_limit,
+        )
     options = ServingOptions(
         releases=releases,
         metrics_dir=path / f"metrics-{kind}-{time.time_ns()}",
