@@ -58,7 +58,7 @@ class ServingFixture:
     @property
     def viewer_keys(self) -> Path:
         """The public key that viewers' tokens are verified with."""
-        return self.path / "viewers.public.pem"
+        return self.path / "viewers-public.pem"
 
     @property
     def proofs(self) -> Path:

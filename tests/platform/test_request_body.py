@@ -9,9 +9,18 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from starlette.types import Message
+from starlette.responses import PlainTextResponse, Response
+from starlette.types import Message, Receive, Scope, Send
 
-from reelway.platform.request_body import BodyLimit, BodyTooLongError, RequestBodyError, parse_json, read_body
+from reelway.platform.request_body import (
+    MAX_ARRIVING,
+    BodyLimit,
+    BodyLimitMiddleware,
+    BodyTooLongError,
+    RequestBodyError,
+    parse_json,
+    read_body,
+)
 
 LIMIT = BodyLimit(64, "send less")
 
@@ -52,6 +61,44 @@ def test_encoded_body_is_not_read(encoding: str) -> None:
     with pytest.raises(RequestBodyError, match="send it uncompressed"):
         asyncio.run(read_body({"headers": [(b"content-encoding", encoding.encode())]}, connection.receive, LIMIT))
     assert connection.read == 0
+
+
+def test_long_bodies_take_a_bounded_number_of_places() -> None:
+    """Slow clients whose bodies no proxy holds. Each place is free again when its body is late."""
+
+    def reject(error: RequestBodyError) -> Response:
+        return PlainTextResponse(error.kind, error.status, error.headers)
+
+    async def echo(scope: Scope, receive: Receive, send: Send) -> None:
+        await PlainTextResponse((await receive())["body"])(scope, receive, send)
+
+    app = BodyLimitMiddleware(echo, limits={"/a": BodyLimit(1 << 20, "send less", timeout_s=0.5)}, reject=reject)
+
+    async def status_of(declared: int, body: bytes | None) -> tuple[int, dict[bytes, bytes]]:
+        sent: list[Message] = []
+        scope = {"type": "http", "method": "POST", "path": "/a", "headers": [(b"content-length", b"%d" % declared)]}
+
+        async def receive() -> Message:
+            if body is None:
+                await asyncio.Event().wait()
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        await app(scope, receive, send)
+        return sent[0]["status"], dict(sent[0]["headers"])
+
+    async def scenario() -> None:
+        slow = [asyncio.create_task(status_of(900_000, None)) for _ in range(MAX_ARRIVING)]
+        await asyncio.sleep(0)
+        status, headers = await status_of(900_000, None)
+        assert (status, headers[b"retry-after"]) == (503, b"1")
+        assert (await status_of(2, b"{}"))[0] == 200
+        assert {(await one)[0] for one in slow} == {408}
+        assert (await status_of(900_000, b"x" * 900_000))[0] == 200
+
+    asyncio.run(scenario())
 
 
 JSON_VALUES = st.recursive(

@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long, pytest.mark.t
 BURST = 60
 AUTH = {
     "mode": "jwt",
-    "jwt": {"keys_file": "viewers.public.pem", "audience": "reelway"},
+    "jwt": {"keys_file": "viewers-public.pem", "audience": "reelway"},
     "per_address": {"per_second": 0.01, "burst": BURST},
     "unlimited_networks": ["192.0.2.0/24"],
     "trusted_proxies": 1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -16,6 +17,7 @@ from tests.support.release_files import NOW_S, make_release_folder
 from reelway.platform.contracts.api import RecommendRequest, RecommendResponse, RequestContext
 from reelway.platform.contracts.blend import Blend, RerankingSettings, RetrievalSettings
 from reelway.platform.contracts.events import Arm
+from reelway.platform.features.viewer_memory_local import LocalViewerMemory
 from reelway.platform.tokens import TokenSigner
 from reelway.serving.circuit_breaker import CircuitBreaker
 from reelway.serving.in_process import InProcessRecommender
@@ -83,11 +85,15 @@ class BrokenStages:
         return await self._stages.rerank(candidates)
 
 
-def recommend(release: Release, *broken: str, row: Any = "own", count: int = 20, **context: Any) -> tuple[Any, Any]:
+def recommend(
+    release: Release, *broken: str, row: Any = "own", count: int = 20, blocked: Sequence[int] = (), **context: Any
+) -> tuple[Any, Any]:
     """Returns a response and the registry with its metrics."""
     registry = CollectorRegistry()
+    memory = LocalViewerMemory(lambda: NOW_S)
+    memory.block(7, topics=blocked)
     recommender = InProcessRecommender(
-        release.loader.router_release(), BrokenStages(release.stages, *broken), SIGNER, IngressMetrics(registry)
+        release.loader.router_release(), BrokenStages(release.stages, *broken), SIGNER, IngressMetrics(registry), memory
     )
     request = RecommendRequest(viewer_id=7, count=count, context=RequestContext(**context))
     return recommender.recommend(request, release.row if row == "own" else row, NOW_S), registry
@@ -119,6 +125,14 @@ def test_broken_stage_degrades_the_slate(
         assert counted(registry, "reelway_ingress_degraded_total", release, arm="stable", rung=degradation) == 1
     assert counted(registry, "reelway_ingress_faults_total", release, stage=stage, kind="unexpected") == 1
     assert counted(registry, "reelway_ingress_requests_total", release, arm="stable", outcome="degraded") == 1
+
+
+def test_viewer_who_blocked_everything_is_no_empty_slate(release: Release) -> None:
+    """Otherwise one viewer's requests would roll back a release that has no fault."""
+    answer, registry = recommend(release, blocked=np.unique(release.loader.table().topic).tolist())
+    assert answer.videos == []
+    assert counted(registry, "reelway_ingress_empty_slates_total", release, arm="stable") == 0
+    assert counted(registry, "reelway_ingress_emptied_slates_total", release, arm="stable") == 1
 
 
 def test_healthy_path_is_not_degraded(release: Release) -> None:

@@ -262,3 +262,42 @@ router.close()
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["1"]
+
+
+TRAILERS = """
+import json, socket, threading, time
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+import reelway.serving.deployments.applications
+
+async def answer(scope, receive, send):
+    while (await receive()).get("more_body"):
+        pass
+    body = json.dumps([v.decode() for k, v in scope["headers"] if k == b"x-forwarded-for"]).encode() + b"!"
+    headers = [(b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+listening = socket.create_server(("127.0.0.1", 0))
+server = uvicorn.Server(uvicorn.Config(answer, http=HttpToolsProtocol, log_level="error", lifespan="off"))
+thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+thread.start()
+request = (
+    b"POST / HTTP/1.1\\r\\nHost: x\\r\\nX-Forwarded-For: 198.51.100.1\\r\\nTransfer-Encoding: chunked\\r\\n\\r\\n"
+    b"2\\r\\n{}\\r\\n0\\r\\nX-Forwarded-For: 127.0.0.1\\r\\n\\r\\n"
+)
+with socket.create_connection(listening.getsockname(), timeout=30) as connection:
+    connection.sendall(2 * request)  # on one connection, so that the second follows the first one's trailer
+    received = b""
+    while received.count(b"!") < 2:
+        received += connection.recv(4096)
+server.should_exit = True
+thread.join(10)
+assert received.count(b'["198.51.100.1"]!') == 2, received
+"""
+
+
+def test_trailer_is_no_header() -> None:
+    """A client cannot write an address behind the proxy's. uvicorn appends trailers to the headers."""
+    done = subprocess.run([sys.executable, "-c", TRAILERS], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr

@@ -241,6 +241,9 @@
 {{- if and $f.redis.tlsFiles.secret (not $f.redis.tls) }}
 {{- include "reelway.fail" (dict "path" "features.redis.tlsFiles.secret" "saw" $f.redis.tlsFiles.secret "expected" "no value, because features.redis.tls is false") }}
 {{- end }}
+{{- if and $f.redis.tlsFiles.clientCertificate (not $f.redis.tlsFiles.secret) }}
+{{- include "reelway.fail" (dict "path" "features.redis.tlsFiles.secret" "saw" "" "expected" "a Secret with ca.crt, tls.crt and tls.key, because features.redis.tlsFiles.clientCertificate is true") }}
+{{- end }}
 {{- include "reelway.checkResources" (dict "of" $f.redis.resources "path" "features.redis.resources") }}
 {{- end }}
 {{- end -}}
@@ -308,6 +311,9 @@
 {{- if include "reelway.live" . }}
 {{- if gt (int $v.eventLog.replication.minInSync) (int $v.eventLog.replication.factor) }}
 {{- include "reelway.fail" (dict "path" "eventLog.replication.minInSync" "saw" $v.eventLog.replication.minInSync "expected" (printf "at most eventLog.replication.factor, which is %v" $v.eventLog.replication.factor)) }}
+{{- end }}
+{{- if and $v.eventLog.tlsFiles.clientCertificate (not $v.eventLog.tlsFiles.secret) }}
+{{- include "reelway.fail" (dict "path" "eventLog.tlsFiles.secret" "saw" "" "expected" "a Secret with ca.crt, tls.crt and tls.key, because eventLog.tlsFiles.clientCertificate is true") }}
 {{- end }}
 {{- include "reelway.checkResources" (dict "of" $v.eventLog.creator.resources "path" "eventLog.creator.resources") }}
 {{- if $v.stream.enabled }}

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from reelway.pipelines.commands import traffic
 from reelway.platform.cli import viewer_commands
 from reelway.platform.errors import ConfigError
+from reelway.platform.release.signing import create_keys, load_public_keys
 from reelway.platform.rollout.traffic.access_options import JwtOptions
 from reelway.serving.access.access_file import read_access
 from reelway.serving.access.assertions import JwtVerifier
@@ -29,11 +30,20 @@ def test_printed_token_proves_the_viewer(app: typer.Typer, tmp_path: Path) -> No
     assert CliRunner().invoke(app, ["viewer-key", "--key", str(key)]).exit_code == 0
     options = ["viewer-token", "--viewer", "123", "--key", str(key), "--audience", "reelway", "--issuer", "me"]
     token = CliRunner().invoke(app, options).stdout.strip()
-    verified = JwtOptions(keys_file=tmp_path / "viewers.public.pem", audience="reelway", issuer="me")
+    verified = JwtOptions(keys_file=tmp_path / "viewers-public.pem", audience="reelway", issuer="me")
     headers = [(b"authorization", b"Bearer " + token.encode())]
     assert asyncio.run(JwtVerifier(verified, lambda: None).verify(headers)) == 123
     again = CliRunner().invoke(app, ["viewer-key", "--key", str(key)])
     assert isinstance(again.exception, ConfigError)
+
+
+def test_viewer_key_does_not_sign_releases(app: typer.Typer, tmp_path: Path) -> None:
+    """Also if it is made in the folder of the keys that releases are verified with."""
+    create_keys(tmp_path)
+    assert len(load_public_keys(tmp_path)) == 1
+    assert CliRunner().invoke(app, ["viewer-key", "--key", str(tmp_path / "viewers.pem")]).exit_code == 0
+    assert (tmp_path / "viewers-public.pem").exists()
+    assert len(load_public_keys(tmp_path)) == 1
 
 
 def test_traffic_names_the_audience_that_it_needs(tmp_path: Path) -> None:
@@ -46,10 +56,10 @@ def test_traffic_names_the_audience_that_it_needs(tmp_path: Path) -> None:
 def test_paths_of_an_access_file_are_relative_to_its_folder(app: typer.Typer, tmp_path: Path) -> None:
     CliRunner().invoke(app, ["viewer-key", "--key", str(tmp_path / "viewers.pem")])
     file = tmp_path / "auth.yaml"
-    file.write_text("mode: jwt\njwt: {audience: reelway, keys_file: viewers.public.pem}\n")
+    file.write_text("mode: jwt\njwt: {audience: reelway, keys_file: viewers-public.pem}\n")
     access = read_access(file)
     assert access.jwt is not None
-    assert access.jwt.keys_file == tmp_path / "viewers.public.pem"
+    assert access.jwt.keys_file == tmp_path / "viewers-public.pem"
     assert read_access(None).mode == "off"
 
 

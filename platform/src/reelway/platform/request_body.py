@@ -26,6 +26,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from reelway.platform.errors import DataError
 
 BODY_TIMEOUT_S: Final = 2.0
+BUFFERED_BYTES: Final = 8 << 10
+"""Bodies up to this size are whole when they reach the application: a proxy before it holds them until then."""
+MAX_ARRIVING: Final = 50
+"""Longer bodies that may arrive at once. Each holds one of the replica's places until it is whole or late."""
 _SHOWN_CHARACTERS: Final = 40
 
 
@@ -69,6 +73,15 @@ class BodyLateError(RequestBodyError):
 class BodyEncodedError(RequestBodyError):
     status = 415
     kind = "encoded"
+
+
+class BodiesWaitingError(RequestBodyError):
+    status = 503
+    kind = "waiting"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {**super().headers, "Retry-After": "1"}
 
 
 class BodyCutOffError(RequestBodyError):
@@ -160,17 +173,26 @@ class BodyLimitMiddleware:
         self._app = app
         self._limits = limits
         self._reject = reject
+        self._arriving = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         limit = self._limits.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
         if limit is None:
             await self._app(scope, receive, send)
             return
+        long = _may_be_longer(scope, BUFFERED_BYTES)
+        if long and self._arriving >= MAX_ARRIVING:
+            error: RequestBodyError = BodiesWaitingError(f"{self._arriving} long bodies are arriving; try again")
+            await self._reject(error)(scope, receive, send)
+            return
+        self._arriving += long
         try:
             body = await read_body(scope, receive, limit)
         except RequestBodyError as error:
             await self._reject(error)(scope, receive, send)
             return
+        finally:
+            self._arriving -= long
         await self._app(scope, replay_body(body, receive), send)
 
 
@@ -191,6 +213,12 @@ def _check_headers(scope: Scope, limit: BodyLimit) -> None:
             raise BodyEncodedError(f"the body is encoded as {shown!r}, expected no encoding; send it uncompressed")
         if name == b"content-length" and value.isdigit() and int(value) > limit.max_bytes:
             raise _too_long(limit)
+
+
+def _may_be_longer(scope: Scope, size: int) -> bool:
+    """Returns whether a body has more bytes, or does not declare its size."""
+    declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
+    return not declared.isdigit() or int(declared) > size
 
 
 def _too_long(limit: BodyLimit) -> BodyTooLongError:

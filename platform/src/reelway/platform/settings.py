@@ -59,7 +59,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     try:
         loaded = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot read the settings file: {error}; pass another one with --config") from error
+        raise ConfigError(f"{path}: cannot read the settings file: {error}; pass another file") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML: {error}") from error
     if loaded is None:

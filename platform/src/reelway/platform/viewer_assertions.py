@@ -84,6 +84,9 @@ def read_viewer_key(path: Path) -> ed25519.Ed25519PrivateKey:
 def create_viewer_key(path: Path) -> Path:
     """Writes a new private key, readable by its owner only, and its public key beside it. Returns the latter's path.
 
+    The public key's name differs from those of releases' keys, ``*.public.pem``: in a folder of these, it would be
+    trusted to sign releases.
+
     Raises:
         ConfigError: if the file exists, or cannot be written.
     """
@@ -92,7 +95,7 @@ def create_viewer_key(path: Path) -> Path:
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
     public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    public_path = path.with_suffix(".public.pem")
+    public_path = path.with_name(f"{path.stem}-public.pem")
     try:
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(private)

@@ -16,7 +16,10 @@ Status codes:
 - 429: too many requests are in flight (load shedding), or come from one viewer or address.
 - 503: an error that no fallback covers. Failed stages do not lead to an error; the slate comes from their fallbacks.
   Proofs are answered with 503 while there are no keys to verify them.
-  Outcomes are rejected with 503 while the event log does not accept them.
+  Outcomes are rejected with 503 while the event log does not accept them. So are long bodies while many are arriving.
+
+A request that HAProxy cannot parse is answered by HAProxy itself, with a short HTML page and status 400, 408 or 422.
+``/-/healthz`` and ``/-/routes`` of Ray Serve, the names of the applications, are readable by clients.
 
 Every 4xx and 5xx response has the body ``ErrorResponse``. Every rejected request is counted by ``record_rejected``.
 """

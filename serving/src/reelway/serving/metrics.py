@@ -150,8 +150,8 @@ class IngressMetrics:
         self.requests = counter(metric_names.REQUESTS, "Requests by outcome.", [*both, "outcome"], registry)
         self.refused = counter(
             "reelway_ingress_refused_total",
-            "Requests rejected with 4xx, by kind: invalid (422), too_long (413), late (408), encoded (415), "
-            "cut_off (the client left), not_found (404 and 405).",
+            "Requests rejected, by kind: invalid (422), too_long (413), late (408), encoded (415), cut_off (the client "
+            "left), not_found (404 and 405), waiting (503: too many long bodies are arriving).",
             ["kind"], registry,
         )  # fmt: skip
         self.denied = counter(
@@ -185,7 +185,13 @@ class IngressMetrics:
         self.slate = histogram(
             "reelway_ingress_slate_videos", "Videos in a response.", both, registry, buckets=SLATE_BUCKETS
         )
-        self.empty_slates = counter(metric_names.EMPTY_SLATES, "Responses without a video.", both, registry)
+        self.empty_slates = counter(
+            metric_names.EMPTY_SLATES, "Responses without a video, to viewers who blocked nothing.", both, registry
+        )
+        self.emptied_slates = counter(
+            "reelway_ingress_emptied_slates_total",
+            "Responses without a video, to viewers who blocked creators or topics.", both, registry,
+        )  # fmt: skip
         self.cold_viewers = counter(
             "reelway_ingress_cold_viewers_total", "Requests of viewers without a history.", both, registry
         )

@@ -215,7 +215,7 @@ class RequestPath:
         with timed(self._metrics.latency.labels(*self._labels)):
             result = await self._executor.run(self, call)
         slate = result.slate
-        self._record_slate(slate, result.degraded)
+        self._record_slate(slate, result.degraded, memory)
         if result.repeated:
             self._metrics.videos_repeated.labels(*self._labels).inc(result.repeated)
         self._record_sources(slate)
@@ -255,7 +255,7 @@ class RequestPath:
         with timed(self._metrics.latency.labels(*self._labels)):
             call = PathCall(request, viewer_row, now_s, seed, shown_at_s, mirrored=True, memory=memory)
             result = await self._executor.run(self, call)
-        self._record_slate(result.slate, result.degraded)
+        self._record_slate(result.slate, result.degraded, memory)
         return self._release.table.video_id[result.slate.rows].tolist(), result.slate.score
 
     def count_failed(self) -> None:
@@ -308,14 +308,16 @@ class RequestPath:
         _, counts = allowed_candidates(slate.rows, query, self._release.table)
         return counts["shown"] + counts["watched"]
 
-    def _record_slate(self, slate: Slate, degraded: list[Degradation]) -> None:
+    def _record_slate(self, slate: Slate, degraded: list[Degradation], memory: ViewerMemoryState) -> None:
         metrics, labels = self._metrics, self._labels
         metrics.requests.labels(*labels, request_outcome(degraded)).inc()
         for degradation in degraded:
             metrics.degraded.labels(*labels, degradation).inc()
         metrics.slate.labels(*labels).observe(len(slate))
         if not len(slate):
-            metrics.empty_slates.labels(*labels).inc()
+            # Who blocks everything gets nothing. That is no fault of the release, and must not roll it back.
+            by_choice = len(memory.blocked_topics) or len(memory.blocked_creators)
+            (metrics.emptied_slates if by_choice else metrics.empty_slates).labels(*labels).inc()
 
     def _record_sources(self, slate: Slate) -> None:
         for code in set(slate.source.tolist()):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 import shutil
 import signal
 import time
@@ -194,7 +195,7 @@ def serve(
                 _start_in_background(background, directory, "stream")
             stdout_console.print(f"serving release {short_id(release_id)} at {service.url}", highlight=False)
             print_status(f"internal API at {service.internal_url}; {describe_access(options.access)}")
-            print_status(f"Press Ctrl-C to stop. Try: reelway recommend --url {service.url} --viewer 1")
+            print_status(f"Press Ctrl-C to stop. {_trial(service.url, options.access.mode)}")
             _wait_for_interrupt()
 
 
@@ -225,11 +226,12 @@ def recommend(
     try:
         answer = httpx.post(f"{address}/v1/recommend", json=body, headers=_bearer(token_file), timeout=30)
     except httpx.HTTPError as error:
-        raise ServingError(
-            f"{address}: no answer: {error}; start the service with `reelway serve --run {run}`"
-        ) from error
+        advice = "check the address given with --url" if url else f"start the service with `reelway serve --run {run}`"
+        raise ServingError(f"{address}: no answer: {error}; {advice}") from error
     if not answer.is_success:
-        raise ServingError(f"{address}: answered {answer.status_code}: {answer.text[:500]}")
+        raise ServingError(
+            f"{address}: answered {answer.status_code}: {answer.text[:500]}{_advice(answer.status_code)}"
+        )
     if as_json:
         typer.echo(answer.text)
         return
@@ -354,14 +356,32 @@ def _recorded_url(run: RunDirectory) -> str:
     return str(json.loads(path.read_text())["url"])
 
 
+def _trial(url: str, mode: str) -> str:
+    """Returns how to try the service that was started."""
+    if mode == "gateway":
+        return "Requests need the header Reelway-Viewer, which your gateway signs."
+    token = " --token-file FILE" if mode == "jwt" else ""
+    return f"Try: reelway recommend --url {url} --viewer 1{token}"
+
+
+def _advice(status: int) -> str:
+    """Returns what to do about a refused request."""
+    if status == 401:
+        return "; pass --token-file FILE, which `reelway viewer-token` writes, or ask through the application's gateway"
+    return "; pass the token of this viewer" if status == 403 else ""
+
+
 def _bearer(token_file: Path | None) -> dict[str, str]:
     """Returns the header with the token in the file; none without a file."""
     if token_file is None:
         return {}
     try:
-        return {"Authorization": f"Bearer {token_file.read_text().strip()}"}
+        token = token_file.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{token_file}: cannot read the token: {error}; pass another --token-file") from error
+    if not re.fullmatch(r"[A-Za-z0-9_.~+/=-]+", token):  # never shown: it may be a private key
+        raise ConfigError(f"{token_file}: expected one JSON Web Token; write one with `reelway viewer-token`")
+    return {"Authorization": f"Bearer {token}"}
 
 
 def _print_slate(answer: dict[str, Any]) -> None:

@@ -23,7 +23,8 @@ _PROXY_ERRORS: Final = {
     503: "no replica of the service is ready; try again",
     504: "the service did not answer in time; try again",
 }
-"""What HAProxy answers itself, as ``ErrorResponse``. By default it sends HTML, and Ray's text for 502, 503 and 504."""
+"""What HAProxy answers itself to a request that it has parsed, as ``ErrorResponse``. By default it sends HTML, and
+Ray's text for 502, 503 and 504. Its parser's own pages (400, 408 and 422, for what is not HTTP) cannot be changed."""
 
 
 def _balancing() -> str:
@@ -32,8 +33,9 @@ def _balancing() -> str:
     Ray has no setting for those lines, but writes this text into the section as it is.
 
     HAProxy then holds a request until its body, or 16 KiB of it, has arrived. Slow clients therefore take no place in a
-    router; Ray Serve gives each replica 200 places. Without a limit, headers could arrive for ever at one byte per
-    second. HAProxy also appends the client's address to X-Forwarded-For, because the peer of a router is HAProxy.
+    router, of which Ray Serve gives each replica 200; ``request_body.MAX_ARRIVING`` bounds the places of longer bodies.
+    Without a limit, headers could arrive for ever at one byte per second. HAProxy also appends the client's address to
+    X-Forwarded-For, because the peer of a router is HAProxy.
     """
     errors = [
         f"http-error status {status} content-type application/json"
@@ -104,10 +106,10 @@ def haproxy_paths_and_ports(folder: Path) -> dict[str, str]:
     Ray's template makes HAProxy listen on both ports (its statistics and its metrics) on every interface. Do not open
     these ports in a firewall.
     """
-    with socket.socket() as stats, socket.socket() as metrics:
-        for probe in (stats, metrics):
+    with socket.socket() as stats, socket.socket() as metrics, socket.socket() as fallback:
+        for probe in (stats, metrics, fallback):
             probe.bind(("", 0))
-        ports = [str(probe.getsockname()[1]) for probe in (stats, metrics)]
+        ports = [str(probe.getsockname()[1]) for probe in (stats, metrics, fallback)]
     return {
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
@@ -115,4 +117,7 @@ def haproxy_paths_and_ports(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
         "RAY_SERVE_HAPROXY_STATS_PORT": ports[0],
         "RAY_SERVE_HAPROXY_METRICS_PORT": ports[1],
+        # HAProxy sends requests there while no replica is ready. Ray binds with SO_REUSEPORT, so two services with the
+        # default, 8500, would answer each other's clients.
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": ports[2],
     }

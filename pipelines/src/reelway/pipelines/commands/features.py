@@ -128,7 +128,7 @@ def parity(
         str | None,
         typer.Option(
             "--events",
-            help="Event log: a folder or kafka://host:port[,host:port][/prefix]. Defaults to RUN/events, unless RUN "
+            help="Event log: a folder or kafka://host:port[,host:port]\\[/prefix]. Defaults to RUN/events, unless RUN "
             "is an URL.",
         ),
     ] = None,

@@ -66,7 +66,7 @@ def traffic(
     import json
 
     from reelway.pipelines.simulation.live_traffic import TrafficOptions
-    from reelway.platform.errors import ConfigError
+    from reelway.platform.errors import ConfigError, ServingError
     from reelway.platform.run_directory import RunDirectory
 
     directory = RunDirectory(run)
@@ -85,6 +85,9 @@ def traffic(
     _show(traffic_report)
     if report is not None:
         print_status(f"report: {report}")
+    if traffic_report["requests"] and traffic_report["failed"] == traffic_report["requests"]:
+        proof = "" if signer else "; if the service demands a proof of identity, pass --viewer-key and --audience"
+        raise ServingError(f"{url}: no request was answered with a slate: {traffic_report['failures'][:1]}{proof}")
 
 
 def _signer(key: Path | None, audience: str | None, issuer: str | None) -> ViewerTokenSigner | None:

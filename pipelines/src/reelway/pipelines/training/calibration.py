@@ -105,7 +105,9 @@ def _calibrate_head(
         )
     after = expected_calibration_error(crossed_N, label_N)
     if after >= before:
-        note = f"a {method} curve would not lower the calibration error ({before:.4f} to {after:.4f} on unseen rows)"
+        note = (
+            f"calibration ({method}) would not lower the calibration error ({before:.4f} to {after:.4f} on unseen rows)"
+        )
         return _IDENTITY, HeadReport(task, "identity", rows, positives, before, before, note)
     return _fit(probability_N, label_N, method), HeadReport(task, method, rows, positives, before, after)
 

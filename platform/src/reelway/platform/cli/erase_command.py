@@ -34,7 +34,7 @@ def erase(
     ),
     run: Path = typer.Option(Path("runs/default"), "--run", help="Run directory of the service."),
     events: str = typer.Option(
-        "", "--events", help="Event log: a folder or kafka://host:port[/prefix]. Defaults to RUN/events."
+        "", "--events", help="Event log: a folder or kafka://host:port\\[/prefix]. Defaults to RUN/events."
     ),
     vector_log: str = typer.Option(
         "", "--vector-log", help="Parity log: a file, folder or URL. Defaults to RUN/serving/vectors.jsonl."
@@ -117,5 +117,6 @@ def _table(names: str, erased: Sequence[ErasedStore]) -> Table:
     for column in ("store", "found", "removed", "state"):
         table.add_column(column, justify="right" if column in ("found", "removed") else "left")
     for store in erased:
-        table.add_row(store.store, str(store.found), str(store.removed), store.state)
+        read = store.state is not ErasureState.PENDING
+        table.add_row(store.store, *(str(n) if read else "-" for n in (store.found, store.removed)), store.state)
     return table

@@ -179,7 +179,7 @@ def suspicion_verdict(one: Comparison) -> SuspicionVerdict:
         ends = f"{low:+.1%}..{high:+.1%}"
     else:
         numbers = f"canary {canary:.1%}, stable {stable:.1%}"
-        ends = f"{100 * low:+.1f}..{100 * high:+.1f} percentage points"
+        ends = f"{max(100 * low, -100):+.1f}..{min(100 * high, 100):+.1f} percentage points"
     finding = "suspected forgery" if bool(one.suspected) else "not suspicious"
     text = f": {_SUSPICION_TEXT[one.name]}" if bool(one.suspected) else ""
     sentence = f"{one.name.replace('_', ' ')}: {finding}{text} ({numbers}, at any time within {ends})"

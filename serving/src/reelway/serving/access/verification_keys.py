@@ -34,6 +34,8 @@ _RSA: Final = frozenset({"RS256", "RS384", "RS512", "PS256", "PS384", "PS512"})
 _CURVES: Final = {"secp256r1": "ES256", "secp384r1": "ES384", "secp521r1": "ES512"}
 _IGNORED: Final = frozenset({"d", "p", "q", "dp", "dq", "qi", "oth", "alg"})
 """Members of a JWK: those of a private key, and the algorithm, which is compared with the setting."""
+_ADVICE: Final = "publish one, or accept its algorithm in the setting algorithms"
+_ADVICE_PRIVATE: Final = "it has a private key; name its public key, such as viewers-public.pem beside viewers.pem"
 _PEM_KEY: Final = re.compile(rb"-----BEGIN PUBLIC KEY-----.*?-----END PUBLIC KEY-----", re.DOTALL)
 
 
@@ -94,7 +96,7 @@ def parse_keys(text: bytes, allowed: Collection[str], source: str) -> KeySet:
     if not keys:
         raise ConfigError(
             f"{source}: none of {len(candidates)} keys is a public key for {', '.join(sorted(allowed))}; "
-            "publish one, or accept its algorithm in the setting algorithms"
+            f"{_ADVICE_PRIVATE if b'PRIVATE KEY' in text else _ADVICE}"
         )
     return KeySet(keys[:MAX_KEYS])
 

@@ -19,6 +19,7 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 from ray import serve
 from ray.serve.handle import DeploymentHandle
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from reelway.platform.contracts.manifest import Manifest
 from reelway.platform.errors import IncompatibleReleaseError
@@ -70,6 +71,24 @@ log = logging.getLogger(__name__)
 # A stage computes and never waits. With a higher limit, requests would queue inside one replica instead of going to
 # another.
 _STAGE: Final = {"max_ongoing_requests": 8}
+
+
+def _drop_trailers() -> None:
+    """Keeps trailers out of the headers of an ASGI scope.
+
+    uvicorn appends them, after what HAProxy wrote: a client could write the last X-Forwarded-For itself. HAProxy 2.8
+    has no option to drop them.
+    """
+    complete = HttpToolsProtocol.on_headers_complete
+
+    def on_headers_complete(protocol: HttpToolsProtocol) -> None:
+        complete(protocol)
+        protocol.headers = list(protocol.headers)
+
+    HttpToolsProtocol.on_headers_complete = on_headers_complete  # type: ignore[assignment, method-assign]
+
+
+_drop_trailers()
 
 
 def release(args: ReleaseArgs) -> serve.Application:

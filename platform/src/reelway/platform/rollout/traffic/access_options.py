@@ -5,15 +5,26 @@ The keys that proofs are verified with are files or a URL, never values of optio
 
 from __future__ import annotations
 
-from ipaddress import IPv4Network, IPv6Network
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 AuthMode = Literal["off", "jwt", "gateway"]
 Algorithm = Literal["EdDSA", "ES256", "ES384", "ES512", "RS256", "RS384", "RS512", "PS256", "PS384", "PS512"]
 """Signature algorithms with a public key. None of them accepts a public key as the secret of a MAC."""
+
+
+def _network(value: Any) -> IPv4Network | IPv6Network:
+    """Returns the network of an address with a prefix length, such as 10.1.2.3/8."""
+    try:
+        return ip_network(value, strict=False)
+    except ValueError:
+        raise ValueError(f"saw {value!r}, expected a network such as 10.0.0.0/8 or fd00::/8") from None
+
+
+Network = Annotated[IPv4Network | IPv6Network, BeforeValidator(_network)]
 
 
 class _AccessOptions(BaseModel):
@@ -81,7 +92,7 @@ class AccessOptions(_AccessOptions):
     trusted_proxies: int = Field(
         default=0, ge=0, le=10, description="proxies before the service that append to X-Forwarded-For"
     )
-    unlimited_networks: tuple[IPv4Network | IPv6Network, ...] = Field(
+    unlimited_networks: tuple[Network, ...] = Field(
         default=_LOOPBACK, description="networks whose addresses have no limit"
     )
 
