@@ -69,6 +69,7 @@ def target(canary: str = "new", phase: Phase = Phase.STEPPING, **more: Any) -> T
         started_at=0,
         changed_at=0,
         tick_at=0,
+        salt="one for all states of the rollout",
         **more,
     )
     return traffic_target(state)
