@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -153,8 +154,11 @@ def _wait_until_reachable(client: httpx.Client, deadline: float) -> None:
 @contextmanager
 def _local_ray() -> Iterator[str]:
     """Starts Ray with its dashboard server, which has the REST API, and yields the server's address."""
-    import ray  # Ray reads its settings from the environment on import
-    from ray import serve
+    with warnings.catch_warnings():
+        # Ray Serve's own use of pydantic; users of `reelway serve` can do nothing about it.
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"ray\.serve\.")
+        import ray  # Ray reads its settings from the environment on import
+        from ray import serve
 
     port = find_free_port(LOCAL)
     with preserved_stop_signals():
