@@ -220,7 +220,11 @@ def breakdown_rows(kind: str, side: Variant, fixture: ServingFixture, seconds: f
         cpu_s = {name: used - cpu_before.get(name, 0.0) for name, used in side.cpu_by_process().items()}
         parts = breakdown(before, scraped(client))
     by_cost = sorted(cpu_s.items(), key=lambda item: -item[1])
+    idle_before = side.cpu_s()
+    time.sleep(seconds)
+    idle = 100 * (side.cpu_s() - idle_before) / seconds
     return [
+        Row(f"{kind}, CPU without requests", idle, "% of a core"),
         *(Row(f"{kind}, mean of {name}", ms, "ms") for name, ms in parts.items()),
         *(Row(f"{kind}, CPU of {name}", 1000 * used_s / requests, "ms/request") for name, used_s in by_cost),
     ]
