@@ -36,6 +36,10 @@ RANKING: Final = Stage("ranking", "no_ranker")
 RERANKING: Final = Stage("reranking", "no_reranker")
 
 
+FAULT_KINDS: Final = ("timeout", "error", "unexpected")
+"""Values of the metric's label: late, a failure that the stage reports, and anything else, such as a bug."""
+
+
 class StageRunner:
     """Runs the stages of one release.
 
@@ -47,6 +51,9 @@ class StageRunner:
         self._metrics = metrics
         self._release = short_id(release_id)
         self._budgets = budgets
+        for stage in budgets:
+            for kind in FAULT_KINDS:
+                metrics.faults.labels(self._release, stage, kind)  # 0 from the start: no line would mean "no data"
 
     async def run(
         self,
@@ -81,7 +88,7 @@ class StageRunner:
 
 
 def _fault_kind(exception: Exception) -> str:
-    """Returns ``timeout``, ``error`` for a failure that the stage reports, or ``unexpected``, such as a bug."""
+    """Returns one of ``FAULT_KINDS``."""
     if isinstance(exception, TimeoutError):
         return "timeout"
     return "error" if isinstance(exception, ReelwayError) else "unexpected"
