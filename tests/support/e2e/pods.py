@@ -15,6 +15,7 @@ from typing import Any, Final
 import yaml
 from tests.support.cluster.kubectl import ROOT, Kubectl
 from tests.support.e2e.clusters import CHART, Cluster
+from tests.support.e2e.wait_until import until
 
 DEV_VALUES: Final = ROOT / "infra" / "environments" / "dev.yaml"
 MORE_VALUES: Final = "REELWAY_E2E_VALUES"
@@ -42,11 +43,20 @@ def image(of: str = "operator") -> str:
 
 
 def check_images(cluster: Cluster, required: set[str]) -> None:
-    """Fails if the node of `make cluster`, which pulls no images, lacks one."""
-    nodes = json.loads(cluster.kubectl("default").run("get", "nodes", "-o", "json"))["items"]
-    loaded = {name for node in nodes for entry in node["status"]["images"] for name in entry["names"] or ()}
-    missing = sorted(required - loaded)
-    assert not missing, f"the node lacks {missing}; run `make cluster-load-images cluster-load-servers`"
+    """Fails if the node of `make cluster`, which pulls no images, lacks one a minute after it was loaded.
+
+    The kubelet reports new images late.
+    """
+
+    def missing() -> list[str]:
+        nodes = json.loads(cluster.kubectl("default").run("get", "nodes", "-o", "json"))["items"]
+        loaded = {name for node in nodes for entry in node["status"]["images"] for name in entry["names"] or ()}
+        return sorted(required - loaded)
+
+    until(
+        "the node has the images", lambda: not missing(), 60,
+        lambda: f"it lacks {missing()}; run `make cluster-load-images cluster-load-servers`",
+    )  # fmt: skip
 
 
 def pod_document(
