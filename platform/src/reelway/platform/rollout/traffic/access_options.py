@@ -21,7 +21,7 @@ def _network(value: Any) -> IPv4Network | IPv6Network:
     try:
         return ip_network(value, strict=False)
     except ValueError:
-        raise ValueError(f"saw {value!r}, expected a network such as 10.0.0.0/8 or fd00::/8") from None
+        raise ValueError(f"saw {value!r}, expected a network such as 10.1.0.0/16 or fd00::/8") from None
 
 
 Network = Annotated[IPv4Network | IPv6Network, BeforeValidator(_network)]
