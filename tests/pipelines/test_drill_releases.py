@@ -111,9 +111,8 @@ def test_slow_release_is_slow_only_for_busy_viewers(good: Path, tmp_path: Path) 
         answer = slow.run(request_of(impressions))
         took_ms[impressions] = 1000 * (time.thread_time() - start_s)
         np.testing.assert_array_equal(answer, sound.run(request_of(impressions)))
-    others_ms = max(took_ms[np.nan], took_ms[40.0])
-    assert others_ms < 30
-    assert took_ms[41.0] > max(37.0, 5 * others_ms)  # the loop was calibrated on a machine that may have been busier
+    assert took_ms[41.0] > 75
+    assert max(took_ms[np.nan], took_ms[40.0]) < 30
 
 
 def test_busy_viewers_have_the_configured_share_of_impressions() -> None:

@@ -21,7 +21,7 @@ Status codes:
 A request that HAProxy cannot parse is answered by HAProxy itself, with a short HTML page and status 400, 408 or 422.
 ``/-/healthz`` and ``/-/routes`` of Ray Serve, the names of the applications, are readable by clients.
 
-Every 4xx and 5xx response has the body ``ErrorResponse``. Every rejected request is counted by ``record_rejected``.
+All other 4xx and 5xx responses have the body ``ErrorResponse``. ``record_rejected`` counts every rejected request.
 """
 
 from __future__ import annotations
